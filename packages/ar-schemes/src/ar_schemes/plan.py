@@ -1,0 +1,258 @@
+"""`LayerRules` (what the user wants) resolved to a `LayerPlan` (what each layer gets, and why)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ar_schemes.errors import SchemeError
+from ar_schemes.registry import scheme as find_scheme
+from ar_schemes.scheme import Scheme
+from ar_schemes.spec import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+Role = Literal["linear", "experts", "router", "lm_head", "embedding"]
+FLOAT = Scheme(name="BF16")
+ALIGNMENT = 32
+"""Rows and columns that packed integer layouts and all their readers need a multiple of."""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a plan needs to know of one layer: no tensors.
+
+    Attributes:
+        name: module name in the model.
+        rows: out features O (of one expert where `copies` > 1).
+        columns: in features I.
+        block: name of the decoder block it belongs to, None outside the blocks.
+        role: what it does; routers and embeddings have rules of their own.
+        copies: number of equal matrices (experts) the name stands for.
+        tied: shares its weight with the embedding.
+        keep: reason of the model adapter to leave it in high precision, or None.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    block: str | None
+    role: Role = "linear"
+    copies: int = 1
+    tied: bool = False
+    keep: str | None = None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns * self.copies
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """What the user wants, before the model is known.
+
+    Attributes:
+        scheme: default of every linear layer in a block.
+        layer_config: layer name, part of one, or regular expression, to a scheme: a preset
+            name, a flat dict merged over the default, or a `Scheme`.
+        ignore_layers: names or parts of names (`mlp.gate`) that stay in 16 bit.
+        quant_lm_head: quantize the output head too.
+    """
+
+    scheme: Scheme
+    layer_config: Mapping[str, str | Scheme | Mapping[str, Any]] = field(default_factory=dict)
+    ignore_layers: tuple[str, ...] = ()
+    quant_lm_head: bool = False
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One layer of a plan: what it gets and the reason."""
+
+    layer: LayerInfo
+    scheme: Scheme
+    reason: str
+
+    @property
+    def quantized(self) -> bool:
+        """True when the weight is quantized."""
+        return self.scheme.weight is not None
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits on disk of the whole layer, scales and zero points included."""
+        per = self.scheme.bits_per_weight(self.layer.rows, self.layer.columns)
+        return per * self.layer.weights
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One row per layer, in the model's order."""
+
+    rows: tuple[PlanRow, ...]
+    default: Scheme
+
+    def __getitem__(self, name: str) -> PlanRow:
+        """Return the row of a layer name."""
+        for row in self.rows:
+            if row.layer.name == name:
+                return row
+        raise KeyError(name)
+
+    @property
+    def quantized(self) -> tuple[PlanRow, ...]:
+        """The rows whose weight is quantized."""
+        return tuple(r for r in self.rows if r.quantized)
+
+    def of_block(self, block: str | None) -> tuple[PlanRow, ...]:
+        """Return the rows of one block (None: outside the blocks)."""
+        return tuple(r for r in self.rows if r.layer.block == block)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average stored bits of the layers in blocks and the quantized ones outside."""
+        rows = [r for r in self.rows if r.layer.block is not None or r.quantized]
+        weights = sum(r.layer.weights for r in rows)
+        return sum(r.stored_bits for r in rows) / weights if weights else 16.0
+
+    @property
+    def fallbacks(self) -> tuple[PlanRow, ...]:
+        """Layers in blocks that stay in 16 bit."""
+        return tuple(r for r in self.rows if r.layer.block is not None and not r.quantized)
+
+
+def make_plan(layers: Iterable[LayerInfo], rules: LayerRules) -> LayerPlan:
+    """Return what each layer gets under the rules, with a reason per row.
+
+    The last matching rule of `layer_config` wins, an exact name over any pattern.
+
+    Raises:
+        SchemeError: a rule that matches nothing, or layers whose group size does not divide
+            (all of them in one message).
+    """
+    layers = list(layers)
+    _check_rules_match(layers, rules)
+    rows = tuple(_row(layer, rules) for layer in layers)
+    _check_divides(rows)
+    return LayerPlan(rows=rows, default=rules.scheme)
+
+
+def _row(layer: LayerInfo, rules: LayerRules) -> PlanRow:
+    wanted, reason = _wanted(layer, rules)
+    if wanted.weight is None:
+        return PlanRow(layer, FLOAT, reason)
+    if layer.tied:
+        return PlanRow(layer, FLOAT, "shares its weight with the embedding: stays in 16 bit")
+    integer = wanted.weight.data_type.startswith("int") and wanted.weight.super_group is None
+    if integer and (layer.rows % ALIGNMENT or layer.columns % ALIGNMENT):
+        why = (
+            f"shape [{layer.rows}, {layer.columns}] is not a multiple of {ALIGNMENT}: "
+            "no reader accepts it packed, stays in 16 bit"
+        )
+        return PlanRow(layer, FLOAT, why)
+    return PlanRow(layer, wanted, reason)
+
+
+def _wanted(layer: LayerInfo, rules: LayerRules) -> tuple[Scheme, str]:
+    ignored = next((p for p in rules.ignore_layers if matches(p, layer.name)), None)
+    if ignored is not None:
+        return FLOAT, f"ignore_layers {ignored!r}"
+    for pattern in reversed(_ordered(rules.layer_config, layer.name)):
+        chosen = _from_rule(rules.layer_config[pattern], rules.scheme)
+        return chosen, f"layer_config {pattern!r}"
+    if layer.keep is not None:
+        return FLOAT, layer.keep
+    if layer.role == "lm_head" and not rules.quant_lm_head:
+        return FLOAT, "output head: not asked for (quant_lm_head)"
+    if layer.role == "router":
+        return FLOAT, "router: decides where tokens go, stays in 16 bit"
+    role = rules.scheme.roles.get(layer.role)
+    if role is not None:
+        return find_scheme(role), f"role {layer.role} of {rules.scheme.name}"
+    if layer.role == "embedding":
+        return FLOAT, "embedding: stays in 16 bit"
+    if layer.block is None and layer.role != "lm_head":
+        return FLOAT, "outside the decoder blocks"
+    return rules.scheme, "scheme"
+
+
+def _ordered(config: Mapping[str, Any], name: str) -> list[str]:
+    hits = [p for p in config if p != name and matches(p, name)]
+    return hits + [name] if name in config else hits
+
+
+def _from_rule(value: str | Scheme | Mapping[str, Any], default: Scheme) -> Scheme:
+    if isinstance(value, (str, Scheme)):
+        return find_scheme(value)
+    base = default if default.weight is not None else find_scheme("W4A16")
+    return base.with_overrides(value)
+
+
+_REGEX = re.compile(r"[*+?^$()\[\]{}|\\]")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Tell whether a rule's pattern means a layer: exact, a dotted part, or a regular expression.
+
+    `mlp.gate` means `...mlp.gate` and what lies under it, never `mlp.gate_proj`. A pattern with
+    regular-expression characters is searched for in the whole name.
+    """
+    if _REGEX.search(pattern):
+        return re.search(pattern, name) is not None
+    return f".{pattern.strip('.')}." in f".{name}."
+
+
+def _check_rules_match(layers: Sequence[LayerInfo], rules: LayerRules) -> None:
+    for source, patterns in (
+        ("layer_config", rules.layer_config),
+        ("ignore_layers", rules.ignore_layers),
+    ):
+        for pattern in patterns:
+            try:
+                hit = any(matches(pattern, layer.name) for layer in layers)
+            except re.error as error:
+                msg = f"{source} {pattern!r} is no regular expression: {error}"
+                raise SchemeError(msg) from error
+            if not hit:
+                ends = sorted({layer.name.rsplit(".", 1)[-1] for layer in layers})
+                msg = (
+                    f"{source} {pattern!r} matches none of the {len(layers)} layers. "
+                    f"Layer names end in: {', '.join(ends[:20])}. See `ar plan MODEL`."
+                )
+                raise SchemeError(msg)
+
+
+def _check_divides(rows: Sequence[PlanRow]) -> None:
+    bad = [r for r in rows if r.scheme.weight is not None and not _divides(r)]
+    if not bad:
+        return
+    lines = []
+    for row in bad:
+        spec = row.scheme.weight
+        assert spec is not None
+        options = [d for d in range(min(1024, row.layer.columns), 15, -1) if not row.layer.columns % d]
+        lines.append(
+            f"  {row.layer.name}: {spec.granularity} does not divide "
+            f"[{row.layer.rows}, {row.layer.columns}]; sizes that do: "
+            f"{', '.join(map(str, options[:6])) or 'none'}"
+        )
+    msg = (
+        f"{len(bad)} layers cannot be quantized as asked:\n"
+        + "\n".join(lines)
+        + "\nChoose another group size (-1: one scale per channel), give these layers one with "
+        "layer_config, or keep them in 16 bit with ignore_layers."
+    )
+    raise SchemeError(msg)
+
+
+def _divides(row: PlanRow) -> bool:
+    spec = row.scheme.weight
+    if spec is None or spec.granularity.span not in (Span.GROUP, Span.TILE):
+        return True
+    region = spec.granularity.region(row.layer.rows, row.layer.columns)
+    return row.layer.columns % region[1] == 0 and (
+        spec.granularity.span is Span.GROUP or row.layer.rows % region[0] == 0
+    )
