@@ -1,0 +1,34 @@
+"""The first-party data types, layouts and backends, entering through the hooks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ar_kernels.backends.dense import Dense
+from ar_kernels.backends.reference import Reference
+from ar_kernels.hookspecs import hookimpl
+from ar_kernels.layouts.gptq import GPTQ, GPTQ_G_IDX, GPTQ_V2, GPTQ_V2_G_IDX
+from ar_kernels.numerics.integer import Integer
+
+if TYPE_CHECKING:
+    from ar_kernels.backends.base import Backend
+    from ar_kernels.layouts.base import Layout
+    from ar_kernels.numerics.base import DataType
+
+
+@hookimpl
+def ar_register_data_types() -> list[DataType]:
+    """Return the built-in data types."""
+    return [Integer()]
+
+
+@hookimpl
+def ar_register_layouts() -> list[Layout]:
+    """Return the built-in layouts."""
+    return [GPTQ, GPTQ_V2, GPTQ_G_IDX, GPTQ_V2_G_IDX]
+
+
+@hookimpl
+def ar_register_backends() -> list[Backend]:
+    """Return the built-in backends."""
+    return [Reference(), Dense()]

@@ -1,0 +1,151 @@
+"""Integers of 1 to 8 bits, symmetric over the full range or asymmetric with a zero point.
+
+Symmetric (SignRound, arXiv 2309.05516, as shipped by AutoRound): with Q = 2**(bits-1) the codes
+are -Q .. Q-1 and the element of largest magnitude maps to -Q, so the scale is negative where that
+element is positive. Stored codes are code + Q, the zero point is Q for every group.
+Asymmetric: codes 0 .. 2**bits - 1, zero point an integer code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ar_kernels.numerics.base import Params
+from ar_kernels.numerics.grouping import expand, grouped
+from ar_kernels.numerics.integer_search import search_asymmetric, search_symmetric
+from ar_kernels.numerics.rounding import round_ste, stored
+from ar_kernels.weight import KernelError, QuantizedWeight
+
+if TYPE_CHECKING:
+    from ar_schemes import TensorSpec
+    from torch import Tensor
+
+SMALLEST_SCALE = 1e-5
+"""Magnitude below which fp16 scales lose their digits; keeps a zero group finite."""
+
+
+class Integer:
+    """Data type `int`: uniform integers."""
+
+    name = "int"
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        """Return why a spec cannot be computed, or None."""
+        if not 1 < spec.bits <= 8:
+            return f"int has 2 to 8 bits, not {spec.bits}"
+        return None
+
+    def parameters(
+        self,
+        weight: Tensor,
+        spec: TensorSpec,
+        *,
+        low: Tensor | None = None,
+        high: Tensor | None = None,
+    ) -> Params:
+        """Return scales (and zero points) from the smallest and largest value of each group."""
+        smallest, largest = extremes(weight, spec)
+        return self.from_extremes(smallest, largest, spec, low=low, high=high)
+
+    def from_extremes(
+        self,
+        smallest: Tensor,
+        largest: Tensor,
+        spec: TensorSpec,
+        *,
+        low: Tensor | None = None,
+        high: Tensor | None = None,
+    ) -> Params:
+        """Return parameters from `extremes(weight, spec)`, which a loop computes only once."""
+        if low is not None:
+            smallest = smallest * low
+        if high is not None:
+            largest = largest * high
+        if spec.symmetric:
+            below = -smallest
+            peak = torch.where(largest >= below, -largest, below)
+            return Params(scale=_floored(stored(peak / 2 ** (spec.bits - 1), spec)))
+        top = 2**spec.bits - 1
+        scale = stored((largest - smallest) / top, spec).clamp_min(SMALLEST_SCALE)
+        return Params(scale=scale, zero_point=round_ste(-smallest / scale).clamp(0, top))
+
+    def rescale(self, params: Params, spec: TensorSpec, factor: Tensor) -> Params:
+        """Return parameters with every scale multiplied by `factor` and rounded as stored."""
+        return Params(_floored(stored(params.scale * factor, spec)), params.zero_point)
+
+    def quantize(
+        self, weight: Tensor, spec: TensorSpec, params: Params, *, offset: Tensor | None = None
+    ) -> QuantizedWeight:
+        """Return the codes for a weight; `offset` [..., O, I] is added before rounding.
+
+        Raises:
+            KernelError: the weight or a scale is not finite.
+        """
+        if not (torch.isfinite(weight).all() and torch.isfinite(params.scale).all()):
+            msg = "the weight holds NaN or infinite values and cannot be quantized"
+            raise KernelError(msg)
+        codes, zero = self._codes(weight.detach().float(), spec, params, offset)
+        zero_point = None if params.zero_point is None else params.zero_point.detach()
+        return QuantizedWeight(
+            spec=spec,
+            codes=(codes + zero).to(torch.uint8),
+            scale=params.scale.detach().to(getattr(torch, spec.scale_dtype)),
+            zero_point=None if zero_point is None else zero_point.to(torch.uint8),
+        )
+
+    def dequantize(self, weight: QuantizedWeight) -> Tensor:
+        """Return the float32 weight: scale * (code - zero point)."""
+        spec, shape = weight.spec, weight.shape
+        scale = expand(weight.scale.float(), shape, spec.granularity)
+        if weight.zero_point is None:
+            return scale * (weight.codes.float() - 2 ** (spec.bits - 1))
+        return scale * (
+            weight.codes.float() - expand(weight.zero_point.float(), shape, spec.granularity)
+        )
+
+    def fake_quant(
+        self, weight: Tensor, spec: TensorSpec, params: Params, *, offset: Tensor | None = None
+    ) -> Tensor:
+        """Return quantize + dequantize, float32, straight-through gradients."""
+        codes, _ = self._codes(weight.float(), spec, params, offset)
+        return expand(params.scale, tuple(weight.shape), spec.granularity) * codes
+
+    def search(
+        self, weight: Tensor, spec: TensorSpec, *, importance: Tensor | None = None
+    ) -> Params:
+        """Return searched parameters: a grid of scales, then least squares, per group."""
+        groups = grouped(weight.float(), spec.granularity)
+        weights = None
+        if importance is not None:
+            weights = grouped(importance.float().expand(weight.shape), spec.granularity)
+        if spec.symmetric:
+            return Params(scale=_floored(search_symmetric(groups, spec, weights)))
+        scale, zero = search_asymmetric(groups, spec, weights)
+        return Params(scale=scale, zero_point=zero)
+
+    def _codes(
+        self, weight: Tensor, spec: TensorSpec, params: Params, offset: Tensor | None
+    ) -> tuple[Tensor, Tensor | float]:
+        """Return (code - zero point, zero point), both broadcast to the weight."""
+        shape = tuple(weight.shape)
+        steps = weight / expand(params.scale, shape, spec.granularity)
+        rounded = round_ste(steps if offset is None else steps + offset)
+        if params.zero_point is None:
+            peak = 2 ** (spec.bits - 1)
+            return rounded.clamp(-peak, peak - 1), float(peak)
+        zero = expand(params.zero_point, shape, spec.granularity)
+        return (rounded + zero).clamp(0, 2**spec.bits - 1) - zero, zero
+
+
+def extremes(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Return (smallest, largest) value per group, each with 0 included, float32 [..., R, G]."""
+    groups = grouped(weight.float(), spec.granularity)
+    return groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+
+
+def _floored(scale: Tensor) -> Tensor:
+    """Return the scale with its magnitude at least `SMALLEST_SCALE`, sign kept."""
+    floor = torch.where(scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
+    return torch.where(scale.abs() < SMALLEST_SCALE, floor.to(scale.dtype), scale)

@@ -1,0 +1,41 @@
+"""Rounding with straight-through gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ar_schemes import TensorSpec
+    from torch import Tensor
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
+        return grad
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Return `x` rounded half to even; the gradient passes as if nothing had happened."""
+    return _Round.apply(x)
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG004
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
+def stored(scale: Tensor, spec: TensorSpec) -> Tensor:
+    """Return a scale rounded to the precision a file stores it in; the gradient passes through."""
+    return _Cast.apply(scale, getattr(torch, spec.scale_dtype))

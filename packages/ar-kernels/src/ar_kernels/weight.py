@@ -1,0 +1,115 @@
+"""`QuantizedWeight`: codes and parameters of one layer, exact, unpacked, free of any file format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from ar_schemes import ArError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ar_schemes import TensorSpec
+    from torch import Tensor
+
+
+class KernelError(ArError):
+    """Quantized numbers that cannot be: wrong shapes, values, layouts or no backend for them."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One quantized weight. The interchange of the whole project.
+
+    Attributes:
+        spec: how it is represented.
+        codes: uint8 [..., O, I], one stored code per weight. For `int` it is the unsigned code
+            0 .. 2**bits - 1; for float elements the bit pattern.
+        scale: [..., R, G] as `spec.granularity` says; the values that a file will hold, so in
+            the file's precision (fp16 for int).
+        zero_point: uint8, shape of `scale`; None when symmetric (then 2**(bits-1) for `int`).
+        extra: further parameters of data types with more levels (`global_scale`, `super_scale`).
+    """
+
+    spec: TensorSpec
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim < 2 or self.codes.dtype != torch.uint8:
+            msg = (
+                f"codes must be uint8 with at least two dimensions, not {self.codes.dtype} "
+                f"{list(self.codes.shape)}"
+            )
+            raise KernelError(msg)
+        expected = self.spec.granularity.scale_shape(*self.shape[-2:])
+        if tuple(self.scale.shape[-2:]) != expected:
+            msg = (
+                f"scale of shape {list(self.scale.shape)} does not fit codes "
+                f"{list(self.codes.shape)} with granularity {self.spec.granularity}: "
+                f"the last two dimensions must be {list(expected)}"
+            )
+            raise KernelError(msg)
+        if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
+            msg = (
+                f"zero point of shape {list(self.zero_point.shape)} must have the shape of the "
+                f"scale, {list(self.scale.shape)}"
+            )
+            raise KernelError(msg)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, [..., O, I]."""
+        return tuple(self.codes.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by name, for storing."""
+        out = {"codes": self.codes, "scale": self.scale}
+        if self.zero_point is not None:
+            out["zero_point"] = self.zero_point
+        return out | {f"extra.{k}": v for k, v in self.extra.items()}
+
+    @classmethod
+    def from_tensors(cls, spec: TensorSpec, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        """Return the weight whose `tensors()` these are."""
+        return cls(
+            spec=spec,
+            codes=tensors["codes"],
+            scale=tensors["scale"],
+            zero_point=tensors.get("zero_point"),
+            extra={
+                k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")
+            },
+        )
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """Return it on another device."""
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scale=self.scale.to(device),
+            zero_point=None if self.zero_point is None else self.zero_point.to(device),
+            extra={k: v.to(device) for k, v in self.extra.items()},
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight [..., O, I] that the codes stand for, computed in float32."""
+        from ar_kernels.registry import data_type  # the registry holds data types that use us
+
+        return data_type(self.spec.data_type).dequantize(self).to(dtype)
+
+
+def equal(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    """Tell whether two weights are the same to the bit (spec, codes and every parameter)."""
+    mine, theirs = a.tensors(), b.tensors()
+    return (
+        a.spec == b.spec
+        and mine.keys() == theirs.keys()
+        and all(
+            mine[k].dtype == theirs[k].dtype and torch.equal(mine[k], theirs[k]) for k in mine
+        )
+    )

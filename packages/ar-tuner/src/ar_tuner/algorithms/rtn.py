@@ -1,0 +1,34 @@
+"""Round to nearest: the baseline, from the weights alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ar_kernels import data_type
+
+from ar_tuner.algorithms.base import BlockResult
+
+if TYPE_CHECKING:
+    from ar_kernels import QuantizedWeight
+    from torch import Tensor
+
+    from ar_tuner.algorithms.base import BlockTask, Target
+
+
+class Rtn:
+    """Algorithm `rtn`."""
+
+    name = "rtn"
+    needs_inputs = False
+
+    def quantize(self, task: BlockTask) -> BlockResult:
+        """Return each weight rounded to the nearest code of the scheme's own scale."""
+        return BlockResult({t.ref.layer: nearest(t, task.weight(t)) for t in task.targets})
+
+
+def nearest(target: Target, weight: Tensor) -> QuantizedWeight:
+    """Return a weight rounded to nearest under its scheme."""
+    spec = target.scheme.weight
+    assert spec is not None
+    kind = data_type(spec.data_type)
+    return kind.quantize(weight, spec, kind.parameters(weight, spec))

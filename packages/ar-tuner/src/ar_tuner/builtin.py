@@ -1,0 +1,18 @@
+"""The first-party algorithms, entering through the same hook as a third party's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ar_tuner.algorithms.rtn import Rtn
+from ar_tuner.algorithms.signround import SignRound
+from ar_tuner.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from ar_tuner.algorithms.base import Algorithm
+
+
+@hookimpl
+def ar_register_algorithms() -> list[Algorithm]:
+    """Return the built-in algorithms."""
+    return [SignRound(), Rtn()]

@@ -1,0 +1,48 @@
+"""Hooks that ar-tuner calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ar_tuner.adapters import ModelAdapter
+    from ar_tuner.algorithms.base import Algorithm
+    from ar_tuner.calibration.sources import DatasetSource
+    from ar_tuner.events import RunEvent
+    from ar_tuner.sink import Sink, SinkRequest
+
+hookspec = pluggy.HookspecMarker("ar_tuner")
+hookimpl = pluggy.HookimplMarker("ar_tuner")
+
+
+@hookspec
+def ar_register_algorithms() -> Iterable[Algorithm]:  # type: ignore[empty-body]
+    """Return algorithms: from one block and its inputs to quantized weights."""
+
+
+@hookspec
+def ar_register_datasets() -> Iterable[DatasetSource]:  # type: ignore[empty-body]
+    """Return named calibration sources: a name to an iterable of texts."""
+
+
+@hookspec(firstresult=True)
+def ar_find_adapter(config: Any) -> ModelAdapter | None:
+    """Return an adapter for a model's configuration, or None. Stops at the first result."""
+
+
+@hookspec(firstresult=True)
+def ar_open_sink(request: SinkRequest) -> Sink | None:
+    """Return the sink of a format, or None when the format is not yours. First result wins.
+
+    Whatever makes the request impossible (a layer the format cannot carry, an output directory
+    that is not empty) is raised here, before any work.
+    """
+
+
+@hookspec
+def ar_run_event(event: RunEvent) -> None:
+    """Take note of an event of a run. The result is ignored and cannot change the run."""

@@ -1,0 +1,323 @@
+"""One quantization from start to end: walk, run directory, sink."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ar_schemes import LayerPlan
+
+from ar_tuner import events
+from ar_tuner.algorithms.base import Target, TuneSettings
+from ar_tuner.algorithms.rtn import nearest
+from ar_tuner.blocks import WeightRef, is_linear
+from ar_tuner.errors import TunerError
+from ar_tuner.names import map_names, source_files, source_tensors
+from ar_tuner.pipeline import Job, install, quantize_blocks
+from ar_tuner.progress import Eta, peak_bytes
+from ar_tuner.recipes import auto_lr
+from ar_tuner.registry import open_sink
+from ar_tuner.run import Run, fingerprint
+from ar_tuner.sink import SinkRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from ar_kernels import QuantizedWeight
+    from torch import Tensor, nn
+
+    from ar_tuner.api import AutoRound, Prepared
+    from ar_tuner.sink import Sink
+
+Weights = dict[str, "QuantizedWeight"]
+
+
+def quantize_in_memory(request: AutoRound, prepared: Prepared) -> None:
+    """Quantize the model in place, without a run directory."""
+    job = _job(request, prepared, finished=lambda _: None)
+    for _ in _narrated(request, job, resumed=0, run_dir=""):
+        continue
+    for name, weight in _outside(prepared):
+        _install_outside(prepared.model, name, weight)
+
+
+def quantize_to_directory(
+    request: AutoRound,
+    output: Path,
+    format: str,  # noqa: A002 - the user's word
+    check: Callable[[Path, Callable[[str], QuantizedWeight], nn.Module], None] | None,
+) -> tuple[nn.Module, Path]:
+    """Quantize and write a checkpoint; see `AutoRound.quantize_and_save`."""
+    began = time.perf_counter()
+    plan = request.plan()
+    open_sink(_sink_request(request, plan, output, format, None)).abort()  # refuse before work
+    prepared = request.prepare()
+    sink = open_sink(_sink_request(request, prepared.plan, output, format, prepared))
+    run_dir = Path(request.settings.run_dir or output.with_name(f"{output.name}.run"))
+    try:
+        rows = None
+        if request.algorithm().needs_inputs:
+            rows = request.calibration_rows(prepared.tokenizer, prepared.model)
+        settings = _run_settings(request, format)
+        run = Run.open(
+            run_dir,
+            settings,
+            fingerprint(settings, prepared.plan, rows, request.source, prepared.model),
+            resume=request.settings.resume,
+        )
+        with run:
+            job = _job(request, prepared, finished=_loader(run), rows=rows)
+            _write(request, prepared, job, run, sink)
+            final = sink.commit()
+            if check is not None:
+                check(final, _weight_finder(prepared, run), prepared.model)
+            event = events.RunFinished(
+                str(final), time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
+            )
+            run.record(event)
+            run.finish(final)
+            request.emit(event)
+    except BaseException:
+        sink.abort()
+        raise
+    return prepared.model, final
+
+
+def _write(
+    request: AutoRound, prepared: Prepared, job: Job, run: Run, sink: Sink
+) -> None:
+    names = _source_names(request, prepared)
+    written: set[str] = set()
+
+    def put(layer: str, weight: QuantizedWeight) -> None:
+        key = names[f"{layer}.weight"]
+        sink.put(key.removesuffix(".weight"), weight)
+        written.add(key)
+
+    for index, name, weights in _narrated(
+        request, job, resumed=len(run.finished), run_dir=str(run.directory), run=run
+    ):
+        if index not in run.finished:
+            run.save_block(index, name, weights, {})
+        for layer, weight in weights.items():
+            put(layer, weight)
+    for layer, weight in _outside(prepared):
+        _install_outside(prepared.model, layer, weight)
+        put(layer, weight)
+    for key, tensor in _untouched(request, prepared, written):
+        sink.put_tensor(key, tensor)
+
+
+def _narrated(
+    request: AutoRound, job: Job, *, resumed: int, run_dir: str, run: Run | None = None
+) -> Iterator[tuple[int, str, Mapping[str, QuantizedWeight]]]:
+    """Yield (index, name, weights) of every block, telling listeners how it goes."""
+
+    def emit(event: events.RunEvent) -> None:
+        if run is not None:
+            run.record(event)
+        request.emit(event)
+
+    blocks = job.discovery.blocks
+    total = len(blocks)
+    emit(
+        events.RunStarted(
+            run_dir, total, len(job.plan.quantized), request.settings.facts(), resumed
+        )
+    )
+    for row in job.plan.fallbacks:
+        emit(events.Note("info", f"{row.layer.name} stays in 16 bit: {row.reason}"))
+    job = dataclasses.replace(
+        job,
+        report=lambda i, step, steps, loss: emit(
+            events.BlockProgress(i, total, blocks[i].name, step, steps, loss)
+        ),
+    )
+    eta = Eta(total)
+    for outcome in quantize_blocks(job):
+        if outcome.restored:
+            eta.skip()
+        else:
+            eta.done()
+        result = outcome.result
+        emit(
+            events.BlockDone(
+                outcome.index,
+                total,
+                outcome.name,
+                result.loss_before,
+                result.loss_after,
+                outcome.seconds,
+                peak_bytes(),
+                eta.seconds_left(),
+            )
+        )
+        yield outcome.index, outcome.name, result.weights
+
+
+def _job(
+    request: AutoRound,
+    prepared: Prepared,
+    *,
+    finished: Callable[[int], Weights | None],
+    rows: Tensor | None = None,
+) -> Job:
+    recipe = request.settings.chosen
+    chosen = request.algorithm()
+    if rows is None and chosen.needs_inputs:
+        rows = request.calibration_rows(prepared.tokenizer, prepared.model)
+    spec = request.scheme.weight
+    lr = recipe.lr
+    if lr is None and recipe.iters:
+        lr = auto_lr(recipe.iters, spec.bits if spec is not None else 4)
+    return Job(
+        model=prepared.model,
+        adapter=prepared.adapter,
+        discovery=prepared.discovery,
+        plan=prepared.plan,
+        algorithm=chosen,
+        settings=TuneSettings(
+            iters=recipe.iters,
+            batch_size=recipe.batch_size,
+            lr=lr,
+            minmax_lr=recipe.minmax_lr,
+            seed=request.settings.seed,
+            scale_init=request.settings.scale_init,
+            keep="last" if request.settings.not_use_best_mse else "best",
+            minmax_tuning=request.settings.enable_minmax_tuning,
+        ),
+        rows=None if rows is None else rows.to(_device(prepared.model)),
+        chain_batch=recipe.batch_size,
+        quantized_inputs=request.settings.enable_quanted_input,
+        finished=finished,
+        report=lambda index, step, steps, loss: None,
+    )
+
+
+def _device(model: nn.Module) -> Any:
+    return next(model.parameters()).device
+
+
+def _loader(run: Run) -> Callable[[int], Weights | None]:
+    def load(index: int) -> Weights | None:
+        if index not in run.finished:
+            return None
+        return dict(run.load_block(index)[0])
+
+    return load
+
+
+def _weight_finder(prepared: Prepared, run: Run) -> Callable[[str], QuantizedWeight]:
+    """Return a function from a layer name to its exact weight, read from the run directory."""
+    outside = dict(_outside(prepared))
+    index_of = {b.name: i for i, b in enumerate(prepared.discovery.blocks)}
+
+    def find(layer: str) -> QuantizedWeight:
+        if layer in outside:
+            return outside[layer]
+        block = prepared.plan[layer].layer.block
+        assert block is not None
+        return run.load_block(index_of[block])[0][layer]
+
+    return find
+
+
+def _outside(prepared: Prepared) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Yield quantized layers outside the blocks (the output head), rounded to nearest."""
+    for row in prepared.plan.of_block(None):
+        if row.quantized:
+            module = prepared.model.get_submodule(row.layer.name)
+            ref = WeightRef(row.layer.name, "weight", transposed=False)
+            if not is_linear(module):
+                msg = f"{row.layer.name}: only linear layers can be quantized outside the blocks"
+                raise TunerError(msg)
+            yield row.layer.name, nearest(Target(ref, row.scheme), module.weight)
+
+
+def _install_outside(model: nn.Module, name: str, weight: QuantizedWeight) -> None:
+    module = model.get_submodule(name)
+    install(module, {"weight": weight.dequantize().to(module.weight.dtype)})
+
+
+def _source_names(request: AutoRound, prepared: Prepared) -> dict[str, str]:
+    keys = list(prepared.model.state_dict())
+    if request.source is None:
+        return {k: k for k in keys}
+    found = map_names(keys, source_files(request.source))
+    lost = [r.layer.name for r in prepared.plan.quantized if f"{r.layer.name}.weight" not in found]
+    if lost:
+        msg = (
+            f"{len(lost)} layers have no tensor of their own in {request.source}, so their "
+            f"quantized weights could not be named: {', '.join(lost[:6])}"
+        )
+        raise TunerError(msg)
+    return found
+
+
+def _untouched(
+    request: AutoRound, prepared: Prepared, written: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that stay as they are, one at a time; a tied head is left out."""
+    tied = {f"{r.layer.name}.weight" for r in prepared.plan.rows if r.layer.tied}
+    if request.source is not None:
+        files = source_files(request.source)
+        keys = [k for k in files if k not in written and k not in tied]
+        yield from source_tensors(files, keys)
+        return
+    for key, tensor in prepared.model.state_dict().items():
+        if key not in written and key not in tied:
+            yield key, tensor.detach().cpu()
+
+
+def _run_settings(request: AutoRound, format: str) -> dict[str, Any]:  # noqa: A002
+    plain = dataclasses.asdict(request.settings)
+    for name in ("run_dir", "resume", "overwrite", "allow_download"):
+        plain.pop(name)
+    plain |= {"scheme": request.scheme.name, "format": format}
+    return json.loads(json.dumps(plain, default=str))
+
+
+def _sink_request(
+    request: AutoRound,
+    plan: LayerPlan,
+    output: Path,
+    format: str,  # noqa: A002
+    prepared: Prepared | None,
+) -> SinkRequest:
+    config: dict[str, Any] = {}
+    if request.source is not None:
+        config = json.loads((request.source / "config.json").read_text(encoding="utf-8"))
+    elif prepared is not None:
+        config = json.loads(json.dumps(prepared.model.config.to_dict(), default=str))
+        config["architectures"] = [type(prepared.model).__name__]
+    return SinkRequest(
+        format=format,
+        output=output,
+        source=request.source,
+        config=config,
+        plan=plan,
+        blocks=_block_lists(plan),
+        facts=request.settings.facts(),
+        max_shard_bytes=request.settings.shard_bytes,
+        side=None if request.source is not None or prepared is None else _side(prepared),
+        overwrite=request.settings.overwrite,
+    )
+
+
+def _block_lists(plan: LayerPlan) -> tuple[str, ...]:
+    blocks = (r.layer.block for r in plan.rows if r.layer.block is not None)
+    return tuple(dict.fromkeys(b.rpartition(".")[0] for b in blocks))
+
+
+def _side(prepared: Prepared) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        if prepared.tokenizer is not None and hasattr(prepared.tokenizer, "save_pretrained"):
+            prepared.tokenizer.save_pretrained(folder)
+        generation = getattr(prepared.model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
+
+    return write

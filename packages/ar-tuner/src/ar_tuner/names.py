@@ -1,0 +1,80 @@
+"""Names of tensors in the source checkpoint for the parameters of the model in memory."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+
+from ar_tuner.errors import TunerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+def source_files(directory: Path) -> dict[str, Path]:
+    """Return the file of every tensor of a safetensors checkpoint, in file order.
+
+    Raises:
+        TunerError: no safetensors file, or an index that names a file outside the directory.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for name in set(weight_map.values()):
+            if "/" in name or "\\" in name or not (directory / name).is_file():
+                msg = f"{index}: names the file {name!r}, which is not a file beside it"
+                raise TunerError(msg)
+        return {key: directory / name for key, name in weight_map.items()}
+    single = directory / "model.safetensors"
+    if not single.is_file():
+        msg = f"{directory}: no model.safetensors and no index of shards; pickles are not read"
+        raise TunerError(msg)
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def map_names(model_keys: Iterable[str], source_keys: Iterable[str]) -> dict[str, str]:
+    """Return model key to source key: the same name, or the only one that differs by a prefix.
+
+    Keys without a counterpart (tied heads, say) are left out.
+    """
+    source = list(source_keys)
+    known = set(source)
+    by_tail: dict[str, list[str]] = {}
+    for key in source:
+        by_tail.setdefault(_tail(key), []).append(key)
+    out = {}
+    for key in model_keys:
+        if key in known:
+            out[key] = key
+            continue
+        near = [
+            k
+            for k in by_tail.get(_tail(key), [])
+            if k.endswith(f".{key}") or key.endswith(f".{k}")
+        ]
+        if len(near) == 1:
+            out[key] = near[0]
+    return out
+
+
+def _tail(key: str) -> str:
+    return ".".join(key.split(".")[-2:])
+
+
+def source_tensors(files: Mapping[str, Path], keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (key, tensor) of a checkpoint one at a time, in the order of its files."""
+    wanted = set(keys)
+    by_file: dict[Path, list[str]] = {}
+    for key, path in files.items():
+        if key in wanted:
+            by_file.setdefault(path, []).append(key)
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                yield name, file.get_tensor(name)

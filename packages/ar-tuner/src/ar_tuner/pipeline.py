@@ -1,0 +1,211 @@
+"""The walk over all blocks: float reference, tuning, quantized continuation."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.func import functional_call
+
+from ar_tuner.algorithms.base import BlockResult, BlockTask, Target, TuneSettings, as_parameter
+from ar_tuner.blocks import weights_of
+from ar_tuner.errors import TunerError
+from ar_tuner.rows import RowBank, rows_of
+from ar_tuner.walk import Frame, execute, hidden, suspended, trace_calls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import LayerPlan
+    from torch import Tensor, nn
+
+    from ar_tuner.adapters import ModelAdapter
+    from ar_tuner.algorithms.base import Algorithm
+    from ar_tuner.blocks import Block, Discovery
+
+Weights = dict[str, "QuantizedWeight"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to quantize, all questions answered.
+
+    Attributes:
+        rows: calibration tokens [N, T]; None for algorithms that need none.
+        chain_batch: rows per forward of the walk.
+        quantized_inputs: blocks are tuned on what the quantized blocks before them give.
+        finished: weights of blocks that an earlier, interrupted run has finished.
+        report: called with (block index, step, steps, loss) while a block is tuned.
+    """
+
+    model: nn.Module
+    adapter: ModelAdapter
+    discovery: Discovery
+    plan: LayerPlan
+    algorithm: Algorithm
+    settings: TuneSettings
+    rows: Tensor | None
+    chain_batch: int
+    quantized_inputs: bool
+    finished: Callable[[int], Weights | None]
+    report: Callable[[int, int, int, float], None]
+
+    def targets(self, block: Block) -> tuple[Target, ...]:
+        """Return the weights of a block that the plan quantizes."""
+        planned = {r.layer.name: r.scheme for r in self.plan.of_block(block.name) if r.quantized}
+        return tuple(Target(ref, planned[ref.layer]) for ref in weights_of(block, list(planned)))
+
+
+@dataclass(frozen=True)
+class BlockOutcome:
+    """A finished block."""
+
+    index: int
+    name: str
+    result: BlockResult
+    seconds: float
+    restored: bool
+
+
+def quantize_blocks(job: Job) -> Iterator[BlockOutcome]:
+    """Yield every block as it becomes final; its float weights are then the dequantized ones.
+
+    Raises:
+        TunerError: a block that holds planned layers is never called by the model.
+    """
+    if job.algorithm.needs_inputs:
+        yield from _walk(job)
+        return
+    for index, block in enumerate(job.discovery.blocks):
+        began = time.perf_counter()
+        result, restored = _quantize(job, index, None, ())
+        install(block.module, _replacements(job, block, result.weights))
+        yield BlockOutcome(index, block.name, result, time.perf_counter() - began, restored)
+
+
+def _walk(job: Job) -> Iterator[BlockOutcome]:
+    assert job.rows is not None
+    blocks = job.discovery.blocks
+    modules = [b.module for b in blocks]
+    entry = job.adapter.entry(job.model)
+    chunks = list(job.rows.split(job.chain_batch))
+    batches = [job.adapter.inputs(job.model, chunk) for chunk in chunks]
+    order = trace_calls(entry, modules, job.adapter.inputs(job.model, job.rows[:1]))
+    _check_called(job, order)
+    left = Counter(order)
+    chains = 2 if job.quantized_inputs else 1
+    replaced: dict[int, dict[str, Tensor]] = {}
+    with suspended(entry, modules, batches * chains) as frames:
+        for position, index in enumerate(order):
+            floats = [f for f in frames[: len(batches)] if _stands_at(f, index)]
+            quants = [f for f in frames[len(batches) :] if _stands_at(f, index)]
+            if not floats:
+                continue
+            outputs = [execute(modules[index], f.call) for f in floats if f.call is not None]
+            left[index] -= 1
+            if index not in replaced:
+                began = time.perf_counter()
+                calls = [f.call for f in (quants or floats) if f.call is not None]
+                references = [hidden(o) for o in outputs]
+                bank = RowBank.of(calls, [r.shape[0] for r in references])
+                result, restored = _quantize(job, index, bank, rows_of(references))
+                replaced[index] = _replacements(job, blocks[index], result.weights)
+                del calls, references, bank
+            else:
+                result = None
+            last = position == len(order) - 1
+            if not last:
+                _continue(modules[index], floats, outputs, quants, replaced[index])
+            if left[index] == 0:
+                install(modules[index], replaced[index])
+                replaced[index] = {}
+            if result is not None:
+                seconds = time.perf_counter() - began
+                yield BlockOutcome(index, blocks[index].name, result, seconds, restored)
+
+
+def _stands_at(frame: Frame, index: int) -> bool:
+    return frame.call is not None and frame.call.index == index
+
+
+def _continue(
+    block: nn.Module,
+    floats: list[Frame],
+    outputs: list[object],
+    quants: list[Frame],
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Answer all frames that stand before a block, each chain with its own weights."""
+    answers: list[object] = []
+    for frame in quants:
+        assert frame.call is not None
+        with torch.no_grad():
+            answers.append(
+                functional_call(block, dict(weights), frame.call.args, frame.call.kwargs)
+            )
+    for frame, answer in zip([*floats, *quants], [*outputs, *answers], strict=True):
+        frame.resume(answer)
+
+
+def _quantize(
+    job: Job, index: int, bank: RowBank | None, reference: Any
+) -> tuple[BlockResult, bool]:
+    block = job.discovery.blocks[index]
+    targets = job.targets(block)
+    saved = job.finished(index)
+    if saved is not None:
+        return BlockResult(saved), True
+    if not targets:
+        return BlockResult({}), False
+    task = BlockTask(
+        block=block.module,
+        name=block.name,
+        targets=targets,
+        inputs=bank,
+        reference=reference,
+        settings=job.settings,
+        report=lambda step, steps, loss: job.report(index, step, steps, loss),
+    )
+    _check_finite(task)
+    return job.algorithm.quantize(task), False
+
+
+def _replacements(job: Job, block: Block, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    return {
+        t.ref.parameter: as_parameter(
+            t, weights[t.ref.layer].dequantize(), block.module.get_parameter(t.ref.parameter)
+        )
+        for t in job.targets(block)
+    }
+
+
+def install(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put dequantized weights in the place of the float ones."""
+    for name, value in weights.items():
+        block.get_parameter(name).data = value.detach().contiguous()
+
+
+def _check_called(job: Job, order: list[int]) -> None:
+    called = set(order)
+    missed = [
+        b.name
+        for i, b in enumerate(job.discovery.blocks)
+        if i not in called and job.targets(b)
+    ]
+    if missed:
+        msg = (
+            f"{len(missed)} blocks are never run on text and cannot be tuned: "
+            f"{', '.join(missed[:8])}. Leave them out with ignore_layers, or use recipe 'rtn'."
+        )
+        raise TunerError(msg)
+
+
+def _check_finite(task: BlockTask) -> None:
+    bad = [t.ref.layer for t in task.targets if not torch.isfinite(task.weight(t)).all()]
+    if bad:
+        msg = f"weights with NaN or infinite values cannot be quantized: {', '.join(bad)}"
+        raise TunerError(msg)

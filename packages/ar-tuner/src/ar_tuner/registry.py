@@ -1,0 +1,70 @@
+"""Look up algorithms, adapters and sinks."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from ar_schemes import PluginHost, Registry, unknown_name
+
+from ar_tuner import builtin, hookspecs
+from ar_tuner.adapters import GenericAdapter, ModelAdapter
+from ar_tuner.algorithms.base import Algorithm
+from ar_tuner.errors import TunerError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ar_tuner.sink import Sink, SinkRequest
+
+
+@functools.cache
+def host() -> PluginHost:
+    """Return the process's host of ar-tuner, made on first use."""
+    return PluginHost("ar_tuner", hookspecs, builtins={"builtin": builtin})
+
+
+@functools.cache
+def _algorithms() -> Registry[Algorithm]:
+    return Registry(
+        host(), "ar_register_algorithms", kind=Algorithm, name_of=lambda item: item.name
+    )
+
+
+def algorithms() -> Mapping[str, Algorithm]:
+    """Return every algorithm, plugins' included."""
+    return _algorithms().all()
+
+
+def algorithm(name: str) -> Algorithm:
+    """Return an algorithm by name.
+
+    Raises:
+        TunerError: no such algorithm is installed.
+    """
+    found = _algorithms().find(name)
+    if found is None:
+        raise TunerError(unknown_name("algorithm", name, algorithms()))
+    return found
+
+
+def find_adapter(config: Any) -> ModelAdapter:
+    """Return the adapter for a model's configuration: a plugin's, or the generic rules."""
+    found = host().first("ar_find_adapter", config=config)
+    return GenericAdapter() if found is None else found
+
+
+def open_sink(request: SinkRequest) -> Sink:
+    """Return the sink that writes a format.
+
+    Raises:
+        TunerError: no installed package writes it.
+    """
+    sink = host().first("ar_open_sink", request=request)
+    if sink is None:
+        msg = (
+            f"no installed package writes the format {request.format!r}. "
+            "`ar formats` lists those that are; ar-export brings the usual ones."
+        )
+        raise TunerError(msg)
+    return sink
