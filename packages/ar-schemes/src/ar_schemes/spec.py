@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ar_schemes.errors import SchemeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Span(StrEnum):
@@ -123,6 +126,23 @@ class TensorSpec:
     def with_(self, **changes: Any) -> TensorSpec:
         """Return a copy with some fields changed."""
         return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field as plain values, for storing."""
+        return {**asdict(self), "granularity": [str(self.granularity.span), *self.granularity.size]}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> TensorSpec:
+        """Return the spec whose `to_dict()` this is."""
+        span, *size = plain["granularity"]
+        inner = plain["super_group"]
+        return cls(
+            **{
+                **plain,
+                "granularity": Granularity(Span(span), tuple(size)),
+                "super_group": None if inner is None else SuperGroup(**inner),
+            }
+        )
 
     @property
     def group_size(self) -> int | tuple[int, int]:

@@ -131,6 +131,7 @@ class AutoRound:
                 model, found = load_model(
                     self.source,
                     dtype=self.settings.model_dtype,
+                    device=self.settings.device_map,
                     trust_remote_code=self.settings.trust_remote_code,
                 )
                 tokenizer = tokenizer or found

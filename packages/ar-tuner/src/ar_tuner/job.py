@@ -135,6 +135,7 @@ def _narrated(
         report=lambda i, step, steps, loss: emit(
             events.BlockProgress(i, total, blocks[i].name, step, steps, loss)
         ),
+        started=lambda i: emit(events.BlockStarted(i, total, blocks[i].name)),
     )
     eta = Eta(total)
     for outcome in quantize_blocks(job):

@@ -40,6 +40,7 @@ class Job:
         quantized_inputs: blocks are tuned on what the quantized blocks before them give.
         finished: weights of blocks that an earlier, interrupted run has finished.
         report: called with (block index, step, steps, loss) while a block is tuned.
+        started: called with the index of a block before work on it begins.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Job:
     quantized_inputs: bool
     finished: Callable[[int], Weights | None]
     report: Callable[[int, int, int, float], None]
+    started: Callable[[int], None] = lambda index: None
 
     def targets(self, block: Block) -> tuple[Target, ...]:
         """Return the weights of a block that the plan quantizes."""
@@ -161,6 +163,7 @@ def _quantize(
         return BlockResult(saved), True
     if not targets:
         return BlockResult({}), False
+    job.started(index)
     task = BlockTask(
         block=block.module,
         name=block.name,

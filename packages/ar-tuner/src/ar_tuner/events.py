@@ -1,0 +1,110 @@
+"""What a run tells while it works: one frozen record per event."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events. `kind` is a stable identifier for programs that read the log."""
+
+    kind: ClassVar[str] = "event"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as plain values, `kind` first."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """Work begins; `resumed_blocks` of `blocks` were finished by an earlier, interrupted run."""
+
+    kind: ClassVar[str] = "run_started"
+    run_dir: str
+    blocks: int
+    layers: int
+    settings: Mapping[str, Any]
+    resumed_blocks: int
+
+
+@dataclass(frozen=True)
+class CalibrationReady(Event):
+    """The calibration rows are there: how many, of how many tokens in all."""
+
+    kind: ClassVar[str] = "calibration_ready"
+    rows: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockStarted(Event):
+    """Work on a block begins (not sent for blocks restored from an earlier run)."""
+
+    kind: ClassVar[str] = "block_started"
+    index: int
+    total: int
+    name: str
+
+
+@dataclass(frozen=True)
+class BlockProgress(Event):
+    """A block is being tuned; `loss` is that of the last minibatch."""
+
+    kind: ClassVar[str] = "block_progress"
+    index: int
+    total: int
+    name: str
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class BlockDone(Event):
+    """A block is final.
+
+    Losses are mean squared errors of the block's output on the same rows, rounded to nearest and
+    as returned; None where nothing was measured. `eta_seconds` is None until it can be told.
+    """
+
+    kind: ClassVar[str] = "block_done"
+    index: int
+    total: int
+    name: str
+    loss_before: float | None
+    loss_after: float | None
+    seconds: float
+    peak_bytes: int
+    eta_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """Something a user should know; a warning when the result differs from what was asked."""
+
+    kind: ClassVar[str] = "note"
+    level: Literal["info", "warning"]
+    text: str
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """The result is complete: on disk at `output`, or in memory when that is empty."""
+
+    kind: ClassVar[str] = "run_finished"
+    output: str
+    seconds: float
+    peak_bytes: int
+    bits_per_weight: float
+
+
+RunEvent: TypeAlias = (
+    RunStarted | CalibrationReady | BlockStarted | BlockProgress | BlockDone | Note | RunFinished
+)
