@@ -69,7 +69,7 @@ class AutoRound:
         self.scheme = self._scheme(scheme)
         self.dataset = dataset
         self.source = Path(model) if isinstance(model, (str, Path)) else None
-        self._given = None if isinstance(model, (str, Path)) else model
+        self.given = None if isinstance(model, (str, Path)) else model
         self._tokenizer = tokenizer
         self._listener = on_event
         self._prepared: Prepared | None = None
@@ -82,7 +82,7 @@ class AutoRound:
         """Return what each layer would get; loads no weights when the model is a directory."""
         if self._prepared is not None:
             return self._prepared.plan
-        model = self._given
+        model = self.given
         if model is None:
             from ar_tuner.loading import load_meta
 
@@ -123,7 +123,7 @@ class AutoRound:
         """Return the loaded model with its plan; the plan is made before weights are read."""
         if self._prepared is None:
             self.plan()
-            model, tokenizer = self._given, self._tokenizer
+            model, tokenizer = self.given, self._tokenizer
             if model is None:
                 from ar_tuner.loading import load_model
 
@@ -160,6 +160,7 @@ class AutoRound:
             nsamples=recipe.nsamples,
             seqlen=seqlen,
             seed=self.settings.seed,
+            allow_download=self.settings.allow_download,
         )
         for note in report.notes():
             self.emit(events.Note("warning", note))

@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING
 
 from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.algorithms.signround import SignRound
+from ar_tuner.calibration.sources import EmbeddedTexts
 from ar_tuner.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from ar_tuner.algorithms.base import Algorithm
+    from ar_tuner.calibration.sources import DatasetSource
 
 
 @hookimpl
 def ar_register_algorithms() -> list[Algorithm]:
     """Return the built-in algorithms."""
     return [SignRound(), Rtn()]
+
+
+@hookimpl
+def ar_register_datasets() -> list[DatasetSource]:
+    """Return the built-in calibration texts."""
+    return [EmbeddedTexts()]

@@ -37,11 +37,17 @@ Weights = dict[str, "QuantizedWeight"]
 
 def quantize_in_memory(request: AutoRound, prepared: Prepared) -> None:
     """Quantize the model in place, without a run directory."""
+    began = time.perf_counter()
     job = _job(request, prepared, finished=lambda _: None)
     for _ in _narrated(request, job, resumed=0, run_dir=""):
         continue
     for name, weight in _outside(prepared):
         _install_outside(prepared.model, name, weight)
+    request.emit(
+        events.RunFinished(
+            "", time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
+        )
+    )
 
 
 def quantize_to_directory(
@@ -291,9 +297,9 @@ def _sink_request(
     config: dict[str, Any] = {}
     if request.source is not None:
         config = json.loads((request.source / "config.json").read_text(encoding="utf-8"))
-    elif prepared is not None:
-        config = json.loads(json.dumps(prepared.model.config.to_dict(), default=str))
-        config["architectures"] = [type(prepared.model).__name__]
+    elif request.given is not None:
+        config = json.loads(json.dumps(request.given.config.to_dict(), default=str))
+        config["architectures"] = [type(request.given).__name__]
     return SinkRequest(
         format=format,
         output=output,

@@ -10,6 +10,7 @@ from ar_schemes import PluginHost, Registry, unknown_name
 from ar_tuner import builtin, hookspecs
 from ar_tuner.adapters import GenericAdapter, ModelAdapter
 from ar_tuner.algorithms.base import Algorithm
+from ar_tuner.calibration.sources import DatasetSource
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -29,6 +30,18 @@ def _algorithms() -> Registry[Algorithm]:
     return Registry(
         host(), "ar_register_algorithms", kind=Algorithm, name_of=lambda item: item.name
     )
+
+
+@functools.cache
+def _datasets() -> Registry[DatasetSource]:
+    return Registry(
+        host(), "ar_register_datasets", kind=DatasetSource, name_of=lambda item: item.name
+    )
+
+
+def datasets() -> Mapping[str, DatasetSource]:
+    """Return every named source of calibration texts, plugins' included."""
+    return _datasets().all()
 
 
 def algorithms() -> Mapping[str, Algorithm]:
