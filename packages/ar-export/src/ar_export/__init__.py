@@ -1,0 +1,25 @@
+"""From quantized weights to files and back: formats, streaming writer, reader, verify."""
+
+from ar_export.errors import ExportError
+from ar_export.formats.base import Format, LayerEntry
+from ar_export.hookspecs import hookimpl
+from ar_export.reader import Checkpoint, open_checkpoint
+from ar_export.registry import format, formats, host  # noqa: A004 - the noun of the package
+from ar_export.verify import Finding, VerifyReport, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "ExportError",
+    "Finding",
+    "Format",
+    "LayerEntry",
+    "VerifyReport",
+    "format",
+    "formats",
+    "hookimpl",
+    "host",
+    "open_checkpoint",
+    "verify",
+]

@@ -1,0 +1,18 @@
+"""The first-party formats, entering through the hook."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ar_export.formats.auto_round import AutoRoundFormat
+from ar_export.formats.fake import FakeFormat
+from ar_export.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from ar_export.formats.base import Format
+
+
+@hookimpl
+def ar_register_formats() -> list[Format]:
+    """Return the built-in formats."""
+    return [AutoRoundFormat(), FakeFormat()]

@@ -1,0 +1,100 @@
+"""What a checkpoint format must be able to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+    import torch
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import LayerPlan, Scheme
+    from torch import Tensor
+
+
+class Request(Protocol):
+    """What the tuner asks for (`ar_tuner.sink.SinkRequest`), as far as formats look at it."""
+
+    @property
+    def format(self) -> str:
+        """The spelling the user typed."""
+
+    @property
+    def output(self) -> Path:
+        """Directory of the checkpoint."""
+
+    @property
+    def source(self) -> Path | None:
+        """Directory of the float checkpoint."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's configuration."""
+
+    @property
+    def plan(self) -> LayerPlan:
+        """What each layer gets."""
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Prefixes of the block lists."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Tuning settings, for information."""
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One quantized layer of a checkpoint: its scheme, shape [rows, columns] and bit order."""
+
+    scheme: Scheme
+    rows: int
+    columns: int
+    layout: str
+
+
+@runtime_checkable
+class Format(Protocol):
+    """A checkpoint format on safetensors files. Stateless."""
+
+    @property
+    def name(self) -> str:
+        """Identifier, `auto_round`."""
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Everything a user may type for it; the first is its name."""
+
+    @property
+    def summary(self) -> str:
+        """One line: what reads it."""
+
+    def refuses(self, spelling: str, scheme: Scheme, rows: int, columns: int) -> str | None:
+        """Return why a layer [rows, columns] cannot be carried, or None."""
+
+    def config(self, request: Request) -> dict[str, Any] | None:
+        """Return the `quantization_config` to write, plain JSON values, or None for none."""
+
+    def tensors(
+        self, spelling: str, weight: QuantizedWeight, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a layer by suffix; `dtype` is the type of the float weights."""
+
+    def reads(self, config: Mapping[str, Any] | None) -> bool:
+        """Tell whether a checkpoint with this `quantization_config` is of this format."""
+
+    def layers(
+        self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, LayerEntry]:
+        """Return the quantized layers of a checkpoint from its config and tensor shapes.
+
+        Raises:
+            ExportError: config and tensors contradict each other.
+        """
+
+    def suffixes(self, entry: LayerEntry) -> Collection[str]:
+        """Return the tensor suffixes of a quantized layer."""

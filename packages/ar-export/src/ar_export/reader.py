@@ -1,0 +1,209 @@
+"""Read a checkpoint directory back: its configs, its tensors, its quantized weights."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ar_kernels import KernelError, layout
+from safetensors import SafetensorError, safe_open
+
+from ar_export.errors import ExportError
+from ar_export.registry import formats
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ar_kernels import QuantizedWeight
+    from torch import Tensor
+
+    from ar_export.formats.base import LayerEntry
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk; tensors are read when asked for.
+
+    Attributes:
+        path: its directory.
+        config: config.json.
+        quantization_config: None for a float checkpoint.
+        format: name of the format, `float` without a quantization config.
+        files: tensor name to file.
+        shapes: tensor name to shape.
+        quantized: layer name to how it is stored.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    quantization_config: Mapping[str, Any] | None
+    format: str
+    files: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+    quantized: Mapping[str, LayerEntry]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self.files)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor.
+
+        Raises:
+            ExportError: no such tensor, or its file is damaged.
+        """
+        if name not in self.files:
+            msg = f"{self.path}: no tensor {name}"
+            raise ExportError(msg)
+        try:
+            with safe_open(self.files[name], framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            msg = f"{self.files[name]}: tensor {name} cannot be read: {error}"
+            raise ExportError(msg) from error
+
+    def weight(self, layer: str) -> QuantizedWeight:
+        """Return the quantized weight of a layer.
+
+        Raises:
+            ExportError: no such quantized layer, missing or ill-shaped tensors.
+        """
+        if layer not in self.quantized:
+            msg = f"{self.path}: no quantized layer {layer}"
+            raise ExportError(msg)
+        entry = self.quantized[layer]
+        spec = entry.scheme.weight
+        assert spec is not None
+        order = layout(entry.layout)
+        tensors = {}
+        try:
+            for suffix, fact in order.facts(spec, entry.rows, entry.columns).items():
+                tensor = self.tensor(f"{layer}.{suffix}")
+                if tuple(tensor.shape) != fact.shape or tensor.dtype != fact.dtype:
+                    msg = (
+                        f"{layer}.{suffix} is {tensor.dtype} {list(tensor.shape)}, but its scheme "
+                        f"needs {fact.dtype} {list(fact.shape)}"
+                    )
+                    raise ExportError(msg)
+                tensors[suffix] = tensor
+            return order.unpack(tensors, spec, entry.rows, entry.columns)
+        except KernelError as error:
+            msg = f"{self.path}: layer {layer}: {error}"
+            raise ExportError(msg) from error
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in a directory; reads headers and configs only.
+
+    Raises:
+        ExportError: not a checkpoint, damaged files, or a format that is not known here.
+    """
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is None and (path / "quantization_config.json").is_file():
+        quantization = read_json(path / "quantization_config.json")
+    files, shapes = _tensors(path)
+    if quantization is None:
+        return Checkpoint(path, config, None, "float", files, shapes, {})
+    if not isinstance(quantization, dict):
+        msg = f"{path / 'config.json'}: quantization_config must be an object"
+        raise ExportError(msg)
+    for found in formats().values():
+        if found.reads(quantization):
+            try:
+                layers = found.layers(quantization, shapes)
+            except ExportError as error:
+                msg = f"{path}: {error}"
+                raise ExportError(msg) from error
+            return Checkpoint(path, config, quantization, found.name, files, shapes, layers)
+    method = quantization.get("quant_method")
+    msg = f"{path}: no installed format reads quant_method {method!r}; see `ar formats`"
+    raise ExportError(msg)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file.
+
+    Raises:
+        ExportError: missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = "no such checkpoint" if not path.parent.is_dir() else f"no {path.name}"
+        msg = f"{path.parent}: {what}; give the directory of a Transformers checkpoint"
+        raise ExportError(msg) from error
+    except (ValueError, OSError) as error:
+        msg = f"{path} cannot be read as JSON: {error}"
+        raise ExportError(msg) from error
+    if not isinstance(value, dict):
+        msg = f"{path} must hold a JSON object, not {type(value).__name__}"
+        raise ExportError(msg)
+    return value
+
+
+def _tensors(path: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    index = path / "model.safetensors.index.json"
+    names: list[str]
+    declared: dict[str, str] | None = None
+    if index.is_file():
+        declared = read_json(index).get("weight_map")
+        if not isinstance(declared, dict):
+            msg = f"{index}: weight_map is missing or no object"
+            raise ExportError(msg)
+        names = sorted({str(v) for v in declared.values()})
+    else:
+        names = ["model.safetensors"]
+    files: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        file = _inside(path, name, index)
+        for key, shape in _header(file).items():
+            files[key], shapes[key] = file, shape
+    if declared is not None:
+        _check_index(index, declared, files)
+    return files, shapes
+
+
+def _inside(path: Path, name: str, index: Path) -> Path:
+    if "/" in name or "\\" in name or name in ("", ".", ".."):
+        msg = f"{index}: names {name!r}, which is not a file beside it"
+        raise ExportError(msg)
+    file = path / name
+    if not file.is_file():
+        pickles = sorted(p.name for p in path.glob("*.bin"))
+        only = f" Only pickles are there ({pickles[0]}), which are not read." if pickles else ""
+        msg = f"{path}: weight file {name} is missing.{only}"
+        raise ExportError(msg)
+    return file
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {
+                key: tuple(opened.get_slice(key).get_shape())
+                for key in opened.keys()  # noqa: SIM118 - not a dict
+            }
+    except (SafetensorError, OSError) as error:
+        msg = f"{file} is not a whole safetensors file: {error}"
+        raise ExportError(msg) from error
+
+
+def _check_index(index: Path, declared: Mapping[str, str], files: Mapping[str, Path]) -> None:
+    wrong = [k for k, name in declared.items() if k not in files or files[k].name != name]
+    unlisted = [k for k, n in Counter(files).items() if k not in declared]
+    if wrong or unlisted:
+        named = ", ".join([*wrong, *unlisted][:6])
+        msg = f"{index} and the files differ on {len(wrong) + len(unlisted)} tensors: {named}"
+        raise ExportError(msg)

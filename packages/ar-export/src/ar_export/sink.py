@@ -1,0 +1,145 @@
+"""The sink: takes weights from the tuner as they become final and makes a checkpoint of them.
+
+Found by ar-tuner through its hook `ar_open_sink`; neither package imports the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+import torch
+
+from ar_export.errors import ExportError
+from ar_export.folder import StagedFolder
+from ar_export.formats.base import Request
+from ar_export.registry import formats
+from ar_export.side import copy_side_files, write_configs
+from ar_export.writer import ShardWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ar_kernels import QuantizedWeight
+    from torch import Tensor
+
+    from ar_export.formats.base import Format
+
+tuner_hook = pluggy.HookimplMarker("ar_tuner")
+
+
+class SinkRequest(Request, Protocol):
+    """What the tuner asks for, whole."""
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """Size above which a further file is begun."""
+
+    @property
+    def side(self) -> Callable[[Path], None] | None:
+        """Writes the side files of a model in memory."""
+
+    @property
+    def overwrite(self) -> bool:
+        """Replace an output that is not empty."""
+
+
+@tuner_hook
+def ar_open_sink(request: SinkRequest) -> SafetensorsSink | None:
+    """Return the sink of one of our formats, or None.
+
+    Raises:
+        ExportError: layers the format cannot carry, or an output that cannot be written.
+    """
+    for found in formats().values():
+        if request.format in found.spellings:
+            check_plan(found, request)
+            return SafetensorsSink(found, request)
+    return None
+
+
+def check_plan(found: Format, request: Request) -> None:
+    """Refuse a plan that the format cannot carry, all layers in one message.
+
+    Raises:
+        ExportError: there are such layers.
+    """
+    bad: dict[str, list[str]] = {}
+    for row in request.plan.quantized:
+        why = found.refuses(request.format, row.scheme, row.layer.rows, row.layer.columns)
+        if why is not None:
+            bad.setdefault(why, []).append(row.layer.name)
+    if bad:
+        lines = [f"  {why}: {', '.join(names)}" for why, names in bad.items()]
+        count = sum(len(names) for names in bad.values())
+        msg = (
+            f"format {request.format} cannot carry {count} layers of this plan:\n"
+            + "\n".join(lines)
+            + "\nChoose another scheme or format, or keep them in 16 bit (--ignore-layers)."
+        )
+        raise ExportError(msg)
+
+
+class SafetensorsSink:
+    """A sink for formats on safetensors files."""
+
+    def __init__(self, found: Format, request: SinkRequest) -> None:
+        self._format = found
+        self._request = request
+        self._folder = StagedFolder(request.output, overwrite=request.overwrite)
+        self._folder.check()
+        self._check_source()
+        self._writer: ShardWriter | None = None
+        self._dtype = config_dtype(request.config)
+
+    def put(self, name: str, weight: QuantizedWeight) -> None:
+        """Take the weight of a layer (name without `.weight`)."""
+        parts = self._format.tensors(self._request.format, weight, self._dtype)
+        for suffix, tensor in parts.items():
+            self._shards().add(f"{name}.{suffix}", tensor)
+
+    def put_tensor(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor that stays as it is."""
+        self._shards().add(name, tensor)
+
+    def commit(self) -> Path:
+        """Write configs and side files, then make the checkpoint visible at once."""
+        request = self._request
+        folder = self._folder.path()
+        self._shards().close()
+        if request.source is not None:
+            copy_side_files(request.source, folder, request.config)
+        if request.side is not None:
+            request.side(folder)
+        write_configs(folder, request.config, self._format.config(request))
+        return self._folder.commit()
+
+    def abort(self) -> None:
+        """Remove everything that was staged."""
+        if self._writer is not None:
+            self._writer.discard()
+        self._folder.abort()
+
+    def _shards(self) -> ShardWriter:
+        if self._writer is None:
+            self._writer = ShardWriter(
+                self._folder.path(), max_shard_bytes=self._request.max_shard_bytes
+            )
+        return self._writer
+
+    def _check_source(self) -> None:
+        source, output = self._request.source, self._request.output.resolve()
+        if source is None:
+            return
+        if output == source.resolve() or output in source.resolve().parents:
+            msg = f"output {str(output)!r} would replace the source checkpoint {str(source)!r}"
+            raise ExportError(msg)
+
+
+def config_dtype(config: Any) -> torch.dtype:
+    """Return the float type a config names, float32 where it names none."""
+    text = config.get("text_config") or {}
+    name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else torch.float32

@@ -1,0 +1,163 @@
+"""Check a checkpoint: structure, every layer's bits, and its logits in the real reader."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from ar_kernels import equal, layout
+
+from ar_export.errors import ExportError
+from ar_export.reader import open_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from ar_kernels import QuantizedWeight
+    from torch import Tensor, nn
+
+    from ar_export.reader import Checkpoint
+
+    Expected = Mapping[str, QuantizedWeight] | Callable[[str], QuantizedWeight]
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Largest difference of logits, relative to their largest magnitude, by type of the model: sums
+are made in another order, and bfloat16 keeps eight bits of each."""
+_PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong (error) or odd (warning), and where."""
+
+    level: Literal["error", "warning"]
+    what: str
+    where: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was looked at, and what was found."""
+
+    layers: int
+    tensors: int
+    compared: int
+    logits: float | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing is wrong."""
+        return all(f.level != "error" for f in self.findings)
+
+
+def verify(
+    path: Path, *, expected: Expected | None = None, against: nn.Module | None = None
+) -> VerifyReport:
+    """Return what is wrong with a checkpoint.
+
+    Args:
+        path: its directory.
+        expected: the weights it should hold, by layer name; compared to the bit.
+        against: a model with the same (dequantized) weights; the checkpoint is opened by
+            Transformers and its logits are compared.
+
+    A checkpoint that cannot even be opened gives one finding, not an exception.
+    """
+    try:
+        found = open_checkpoint(path)
+    except ExportError as error:
+        return VerifyReport(0, 0, 0, None, (Finding("error", str(error), str(path)),))
+    findings = [*_structure(found)]
+    compared = 0
+    for name in found.quantized:
+        try:
+            weight = found.weight(name)
+        except ExportError as error:
+            findings.append(Finding("error", str(error), name))
+            continue
+        if not torch.isfinite(weight.scale).all():
+            findings.append(Finding("error", "scales hold NaN or infinite values", name))
+        wanted = _wanted(expected, name)
+        if wanted is not None:
+            compared += 1
+            if not equal(wanted, weight):
+                what = "the stored bits are not those that were tuned"
+                findings.append(Finding("error", what, name))
+    difference = None
+    if against is not None and not any(f.level == "error" for f in findings):
+        difference, problem = _logits(path, against)
+        findings += problem
+    return VerifyReport(
+        len(found.quantized), len(found.names), compared, difference, tuple(findings)
+    )
+
+
+def _wanted(expected: Expected | None, name: str) -> QuantizedWeight | None:
+    if expected is None:
+        return None
+    return expected(name) if callable(expected) else expected.get(name)
+
+
+def _structure(found: Checkpoint) -> Iterator[Finding]:
+    """Yield what names and configs give away."""
+    known: set[str] = set()
+    for name, entry in found.quantized.items():
+        spec = entry.scheme.weight
+        assert spec is not None
+        known |= {f"{name}.{s}" for s in layout(entry.layout).facts(spec, entry.rows, entry.columns)}
+        if f"{name}.weight" in found.files:
+            yield Finding("error", "both packed and float weights are stored", name)
+    for key in found.names:
+        if key.endswith(_PACKED) and key not in known:
+            yield Finding("error", "a packed tensor that belongs to no quantized layer", key)
+    if found.config.get("tie_word_embeddings") and "lm_head.weight" in found.files:
+        yield Finding("warning", "the head is tied, yet stored a second time", "lm_head.weight")
+    side = found.path / "quantization_config.json"
+    if side.is_file() and found.quantization_config is not None:
+        if json.loads(side.read_text(encoding="utf-8")) != found.quantization_config:
+            yield Finding("error", "differs from the one in config.json", side.name)
+    if found.quantization_config is not None and not found.quantized:
+        yield Finding("error", "the config names a quantization, but no layer is quantized", "")
+    yield from _fused(found)
+
+
+def _fused(found: Checkpoint) -> Iterator[Finding]:
+    """Yield members of layers that engines fuse (q, k, v and gate, up) with unlike schemes."""
+    for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for name in found.quantized:
+            head, _, tail = name.rpartition(".")
+            if tail != members[0]:
+                continue
+            mates = [found.quantized.get(f"{head}.{m}") for m in members]
+            unlike = {None if m is None else m.scheme.weight for m in mates}
+            if len(unlike) > 1:
+                what = f"{', '.join(members)} differ; vLLM and SGLang fuse them and will refuse"
+                yield Finding("warning", what, head)
+
+
+def _logits(path: Path, against: nn.Module) -> tuple[float, list[Finding]]:
+    """Return the largest relative difference of logits, and a finding if it is too large."""
+    import ar_kernels  # noqa: F401 - teaches Transformers the format
+    from transformers import AutoModelForCausalLM
+
+    parameter = next(against.parameters())
+    reopened = AutoModelForCausalLM.from_pretrained(
+        path, dtype=parameter.dtype, local_files_only=True
+    ).to(parameter.device)
+    config: Any = against.config
+    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 256))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (2, 32), generator=generator).to(parameter.device)
+    with torch.inference_mode():
+        ours: Tensor = against(input_ids=ids, use_cache=False).logits.float()
+        theirs: Tensor = reopened(input_ids=ids, use_cache=False).logits.float()
+    difference = float((ours - theirs).abs().max() / ours.abs().max())
+    allowed = _TOLERANCE.get(parameter.dtype, 1e-2)
+    if difference <= allowed:
+        return difference, []
+    what = f"logits differ by {difference:.2e} of their range, more than {allowed:.0e}"
+    return difference, [Finding("error", what, str(path))]
