@@ -79,7 +79,7 @@ def quantize_to_directory(
             _write(request, prepared, job, run, sink)
             final = sink.commit()
             if check is not None:
-                check(final, _weight_finder(prepared, run), prepared.model)
+                check(final, _weight_finder(request, prepared, run), prepared.model)
             event = events.RunFinished(
                 str(final), time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
             )
@@ -217,12 +217,19 @@ def _loader(run: Run) -> Callable[[int], Weights | None]:
     return load
 
 
-def _weight_finder(prepared: Prepared, run: Run) -> Callable[[str], QuantizedWeight]:
-    """Return a function from a layer name to its exact weight, read from the run directory."""
+def _weight_finder(
+    request: AutoRound, prepared: Prepared, run: Run
+) -> Callable[[str], QuantizedWeight]:
+    """Return a function from a layer's name in the files to its exact weight."""
     outside = dict(_outside(prepared))
+    names = {
+        source.removesuffix(".weight"): model.removesuffix(".weight")
+        for model, source in _source_names(request, prepared).items()
+    }
     index_of = {b.name: i for i, b in enumerate(prepared.discovery.blocks)}
 
     def find(layer: str) -> QuantizedWeight:
+        layer = names.get(layer, layer)
         if layer in outside:
             return outside[layer]
         block = prepared.plan[layer].layer.block

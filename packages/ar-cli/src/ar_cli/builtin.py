@@ -1,0 +1,29 @@
+"""The first-party commands, entering through the hook."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ar_cli.commands import checkpoint, doctor, evaluate, generate, listings, plan, plugins, quantize
+from ar_cli.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    import click
+
+
+@hookimpl
+def ar_register_commands() -> list[click.Command]:
+    """Return the built-in commands, in the order of `ar --help`."""
+    return [
+        quantize.quantize,
+        plan.plan,
+        evaluate.evaluate,
+        checkpoint.inspect,
+        checkpoint.verify,
+        generate.generate,
+        listings.schemes,
+        listings.formats,
+        listings.backends,
+        plugins.plugins,
+        doctor.doctor,
+    ]

@@ -1,0 +1,159 @@
+"""`ar quantize`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ar_cli.commands.options import check_scheme, plan_options, settings_from
+from ar_cli.output import duration, json_option, print_json, print_table, size
+from ar_cli.progress import Progress
+from ar_cli.quiet import hush
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ar_export import VerifyReport
+    from ar_kernels import QuantizedWeight
+    from torch import nn
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option(
+    "--output", "--out", "-o", type=click.Path(path_type=Path), required=True, help="Directory."
+)
+@click.option("--format", default="auto_round", show_default=True, help="See `ar formats`.")
+@plan_options
+@click.option("--recipe", default="default", show_default=True, help="best, default, light or rtn.")
+@click.option("--iters", type=int, help="Tuning steps per block; 0 rounds to nearest.")
+@click.option("--nsamples", type=int, help="Calibration rows.")
+@click.option("--seqlen", type=int, help="Tokens per row.")
+@click.option("--batch-size", type=int, help="Rows per step.")
+@click.option("--lr", type=float, help="First step of the rounding offsets.")
+@click.option("--minmax-lr", type=float, help="First step of the scale factors.")
+@click.option("--seed", type=int, help="Of the order of the calibration data.")
+@click.option("--dataset", help="File (.txt .json .jsonl .parquet) or name; default: embedded text.")
+@click.option("--device", "device_map", help="cpu, cuda, cuda:1, ...")
+@click.option("--dtype", "model_dtype", help="Type to compute in; default: as stored.")
+@click.option("--max-shard-size", help="5GB, 500MB, ...")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Default: OUTPUT.run")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that is not empty.")
+@click.option("--no-verify", is_flag=True, help="Do not read the result back.")
+@click.option("--demo", is_flag=True, help="Quantize the embedded model and compare.")
+@json_option
+def quantize(  # noqa: PLR0913 - one parameter per group of options
+    model: str | None,
+    output: Path,
+    format: str,  # noqa: A002
+    demo: bool,  # noqa: FBT001
+    no_verify: bool,  # noqa: FBT001
+    as_json: bool,  # noqa: FBT001
+    scheme: str,
+    dataset: str | None,
+    **options: Any,
+) -> int:
+    """Quantize MODEL (the directory of a Transformers checkpoint) into OUTPUT."""
+    if (model is None) == (not demo):
+        msg = "give either the directory of a model or --demo"
+        raise click.UsageError(msg)
+    settings = settings_from(options)
+    check_scheme(scheme, settings)
+    hush()
+    if demo:
+        from ar_cli.demo.run import run_demo
+
+        return run_demo(output, format, scheme, dataset, settings, as_json=as_json)
+    assert model is not None
+    facts = quantize_one(model, output, format, scheme, dataset, settings, checked=not no_verify)
+    if as_json:
+        print_json(facts)
+    else:
+        _summary(facts)
+    return 0 if facts["verified"] in (True, None) else 1
+
+
+def quantize_one(  # noqa: PLR0913
+    model: str,
+    output: Path,
+    format: str,  # noqa: A002
+    scheme: str,
+    dataset: str | None,
+    settings: dict[str, Any],
+    *,
+    checked: bool = True,
+    listener: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
+    """Quantize and return what the summary says.
+
+    Raises:
+        ArError: whatever is wrong with the request, before work.
+    """
+    from ar_export import verify
+    from ar_tuner import AutoRound
+
+    seen: dict[str, Any] = {}
+    reports: list[VerifyReport] = []
+    show = Progress() if listener is None else listener
+
+    def listen(event: Any) -> None:
+        seen[event.kind] = event
+        show(event)
+
+    def check(
+        path: Path, weight_of: Callable[[str], QuantizedWeight], tuned: nn.Module
+    ) -> None:
+        reports.append(verify(path, expected=weight_of, against=tuned))
+
+    job = AutoRound(model, scheme=scheme, dataset=dataset, on_event=listen, **settings)
+    _, path = job.quantize_and_save(output, format=format, check=check if checked else None)
+    finished = seen["run_finished"]
+    report = reports[0] if reports else None
+    return {
+        "output": str(path),
+        "scheme": job.scheme.name,
+        "format": format,
+        "layers": len(job.plan().quantized),
+        "bits_per_weight": round(finished.bits_per_weight, 4),
+        "bytes_before": _weight_bytes(Path(model)),
+        "bytes": _weight_bytes(path),
+        "seconds": round(finished.seconds, 2),
+        "peak_bytes": finished.peak_bytes,
+        "verified": None if report is None else report.ok,
+        "findings": [] if report is None else [vars(f) for f in report.findings],
+        "logits_difference": None if report is None else report.logits,
+    }
+
+
+def _weight_bytes(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.glob("*.safetensors"))
+
+
+def _summary(facts: dict[str, Any]) -> None:
+    verdict = {True: "yes, bits and logits", False: "NO", None: "not asked for"}
+    print_table(
+        ("", ""),
+        [
+            ("scheme", facts["scheme"]),
+            ("layers quantized", str(facts["layers"])),
+            ("bits per weight", f"{facts['bits_per_weight']:.3f} (scales included)"),
+            ("size", f"{size(facts['bytes_before'])} -> {size(facts['bytes'])}"),
+            ("time", duration(facts["seconds"])),
+            ("peak memory", size(facts["peak_bytes"])),
+            ("verified", verdict[facts["verified"]]),
+        ],
+    )
+    for finding in facts["findings"]:
+        click.echo(f"{finding['level']}: {finding['where']}: {finding['what']}", err=True)
+    next_commands(Path(facts["output"]))
+
+
+def next_commands(path: Path) -> None:
+    """Say what to type next."""
+    click.echo(f"\nNext:\n  ar eval {path} --against MODEL")
+    click.echo(f"  ar generate {path} --prompt 'Once upon a time'")
+    click.echo(f"  vllm serve {path}")
+

@@ -1,0 +1,1 @@
+"""The embedded model and what `ar quantize --demo` does with it."""

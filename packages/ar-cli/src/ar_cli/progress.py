@@ -1,0 +1,74 @@
+"""Tell on stderr how a run goes: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from ar_cli.output import duration, size
+
+if TYPE_CHECKING:
+    from ar_tuner.events import RunEvent
+
+
+class Progress:
+    """A listener for the events of a run."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._shown = 0
+        self._left: float | None = None
+
+    def __call__(self, event: RunEvent) -> None:
+        """Take note of an event."""
+        if event.kind == "block_progress":
+            self._step(event)
+            return
+        line = describe(event)
+        if line is not None:
+            self._clear()
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        if event.kind == "block_done":
+            self._left = event.eta_seconds
+
+    def _step(self, event: RunEvent) -> None:
+        if not self._live or event.kind != "block_progress":
+            return
+        left = "" if self._left is None else f"  about {duration(self._left)} left"
+        text = (
+            f"block {event.index + 1}/{event.total}  step {event.step}/{event.steps}  "
+            f"mse {event.loss:.3g}{left}"
+        )
+        self._clear()
+        self._stream.write(text)
+        self._stream.flush()
+        self._shown = len(text)
+
+    def _clear(self) -> None:
+        if self._shown:
+            self._stream.write("\r" + " " * self._shown + "\r")
+            self._shown = 0
+
+
+def describe(event: RunEvent) -> str | None:
+    """Return the line an event is worth, or None."""
+    if event.kind == "note":
+        return f"{'warning: ' if event.level == 'warning' else ''}{event.text}"
+    if event.kind == "calibration_ready":
+        return f"calibration: {event.rows} rows, {event.tokens} tokens"
+    if event.kind == "run_started":
+        resumed = f", {event.resumed_blocks} already done" if event.resumed_blocks else ""
+        where = f"; log and finished blocks in {event.run_dir}" if event.run_dir else ""
+        return f"{event.layers} layers in {event.blocks} blocks{resumed}{where}"
+    if event.kind == "block_done":
+        loss = ""
+        if event.loss_before is not None and event.loss_after is not None:
+            loss = f"  mse {event.loss_before:.3g} -> {event.loss_after:.3g}"
+        left = "" if not event.eta_seconds else f"  left {duration(event.eta_seconds)}"
+        return (
+            f"block {event.index + 1}/{event.total}{loss}  {duration(event.seconds)}  "
+            f"peak {size(event.peak_bytes)}{left}"
+        )
+    return None
