@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from ar_schemes import PluginHost, Registry, unknown_name
-
 from ar_kernels import builtin, hookspecs
 from ar_kernels.backends.base import Backend
 from ar_kernels.layouts.base import Layout
 from ar_kernels.numerics.base import DataType
 from ar_kernels.weight import KernelError
+from ar_schemes import PluginHost, Registry, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,9 +24,7 @@ def host() -> PluginHost:
 
 @functools.cache
 def _data_types() -> Registry[DataType]:
-    return Registry(
-        host(), "ar_register_data_types", kind=DataType, name_of=lambda item: item.name
-    )
+    return Registry(host(), "ar_register_data_types", kind=DataType, name_of=lambda item: item.name)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""`QuantizedWeight`: codes and parameters of one layer, exact, unpacked, free of any file format."""
+"""`QuantizedWeight`: codes and parameters of one layer, exact, unpacked, without a file format."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+
 from ar_schemes import ArError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ar_schemes import TensorSpec
     from torch import Tensor
+
+    from ar_schemes import TensorSpec
 
 
 class KernelError(ArError):
@@ -46,18 +48,19 @@ class QuantizedWeight:
                 f"{list(self.codes.shape)}"
             )
             raise KernelError(msg)
-        expected = self.spec.granularity.scale_shape(*self.shape[-2:])
-        if tuple(self.scale.shape[-2:]) != expected:
+        expected = (*self.shape[:-2], *self.spec.granularity.scale_shape(*self.shape[-2:]))
+        if tuple(self.scale.shape) != expected:
             msg = (
                 f"scale of shape {list(self.scale.shape)} does not fit codes "
                 f"{list(self.codes.shape)} with granularity {self.spec.granularity}: "
-                f"the last two dimensions must be {list(expected)}"
+                f"it must be {list(expected)}"
             )
             raise KernelError(msg)
-        if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
+        zero = self.zero_point
+        if zero is not None and (zero.shape != self.scale.shape or zero.dtype != torch.uint8):
             msg = (
-                f"zero point of shape {list(self.zero_point.shape)} must have the shape of the "
-                f"scale, {list(self.scale.shape)}"
+                f"zero point is {zero.dtype} {list(zero.shape)} but must be uint8 and have the "
+                f"shape of the scale, {list(self.scale.shape)}"
             )
             raise KernelError(msg)
 
@@ -75,7 +78,15 @@ class QuantizedWeight:
 
     @classmethod
     def from_tensors(cls, spec: TensorSpec, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        """Return the weight whose `tensors()` these are."""
+        """Return the weight whose `tensors()` these are.
+
+        Raises:
+            KernelError: codes or scale are missing, or shapes do not fit together.
+        """
+        absent = {"codes", "scale"} - tensors.keys()
+        if absent:
+            msg = f"a quantized weight needs {sorted(absent)}, found only {sorted(tensors)}"
+            raise KernelError(msg)
         return cls(
             spec=spec,
             codes=tensors["codes"],
@@ -109,7 +120,5 @@ def equal(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     return (
         a.spec == b.spec
         and mine.keys() == theirs.keys()
-        and all(
-            mine[k].dtype == theirs[k].dtype and torch.equal(mine[k], theirs[k]) for k in mine
-        )
+        and all(mine[k].dtype == theirs[k].dtype and torch.equal(mine[k], theirs[k]) for k in mine)
     )

@@ -5,20 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import torch
-from ar_schemes import TensorSpec
-
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
     from torch import Tensor
 
     from ar_kernels.weight import QuantizedWeight
+    from ar_schemes import TensorSpec
 
 
 @dataclass(frozen=True)
 class Need:
     """What one layer asks of a backend.
 
-    `device` is a torch device type (`cpu`, `cuda`, ...); `dtype` that of the activations.
+    Attributes:
+        spec: how the weight is represented.
+        rows: O, output features.
+        columns: I, input features.
+        device: torch device type, `cpu`, `cuda`, ...
+        dtype: type of the activations.
+        activation: how the activations are quantized, None when they stay as they are.
     """
 
     spec: TensorSpec
@@ -33,7 +40,9 @@ class Need:
 class PackedWeight:
     """A weight in a backend's own order: what its op takes.
 
-    `meta` are plain integers (shapes, widths) that the op needs beside the buffers.
+    Attributes:
+        buffers: tensors by name; their order is that of `Backend.buffer_names(meta)`.
+        meta: plain integers (shapes, widths) that the op needs beside the buffers.
     """
 
     buffers: dict[str, Tensor]
@@ -42,7 +51,7 @@ class PackedWeight:
 
 @runtime_checkable
 class Backend(Protocol):
-    """A family of kernels on one kind of device."""
+    """A family of kernels on one kind of device. Stateless."""
 
     @property
     def name(self) -> str:
@@ -54,7 +63,14 @@ class Backend(Protocol):
 
     @property
     def status(self) -> str:
-        """How far it was tried: `verified ...`, `contract-tested` or `experimental`."""
+        """How far it was tried: `verified ...`, `contract-tested ...` or `experimental ...`."""
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Tell whether the packed weight still holds the codes; then it is an `ExactBackend`.
+
+        A layer keeps the checkpoint's own tensors beside a backend that does not.
+        """
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None. Must not import heavy modules."""
@@ -65,8 +81,19 @@ class Backend(Protocol):
     def pack(self, weight: QuantizedWeight, need: Need) -> PackedWeight:
         """Return the weight in the backend's order."""
 
-    def unpack(self, packed: PackedWeight, need: Need) -> QuantizedWeight:
-        """Return the weight; the exact inverse of `pack`."""
+    def buffer_names(self, meta: Sequence[int]) -> tuple[str, ...]:
+        """Return the names of the buffers of a packed weight with this `meta`, in order."""
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-        """Return x [..., I] times the weight transposed, plus bias: [..., O], dtype of x."""
+        """Return x [..., I] times the weight transposed, plus bias: [..., O], dtype of x.
+
+        Must return a new tensor, never a view of `x` or of a buffer.
+        """
+
+
+@runtime_checkable
+class ExactBackend(Backend, Protocol):
+    """A backend whose packed weight can be turned back."""
+
+    def unpack(self, packed: PackedWeight, need: Need) -> QuantizedWeight:
+        """Return the weight; the exact inverse of `pack`."""

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
-    from ar_schemes import TensorSpec
     from torch import Tensor
 
     from ar_kernels.weight import QuantizedWeight
+    from ar_schemes import TensorSpec
 
 
 @dataclass(frozen=True)

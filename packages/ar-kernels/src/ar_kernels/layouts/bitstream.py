@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ar_kernels.weight import KernelError
 
@@ -20,51 +21,53 @@ def pack_stream(values: Tensor, bits: int) -> Tensor:
     Raises:
         KernelError: a value does not fit the width.
     """
-    if values.numel() and int(values.max()) >= 2**bits:
-        msg = f"value {int(values.max())} does not fit {bits} bits"
-        raise KernelError(msg)
-    n = values.shape[-1]
-    words = -(-n * bits // WORD)
-    per_period = WORD // _gcd(bits)  # values after which the stream is word aligned again
-    periods = -(-n // per_period)
-    padded = torch.nn.functional.pad(values.long(), (0, periods * per_period - n))
+    if values.numel():
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= 2**bits:
+            msg = f"values from {low} to {high} do not fit {bits} bits: 0 to {2**bits - 1} do"
+            raise KernelError(msg)
+    count = values.shape[-1]
+    words = -(-count * bits // WORD)
+    per_period, words_per_period = _period(bits)
+    periods = -(-count // per_period)
+    padded = functional.pad(values, (0, periods * per_period - count))
     lanes = padded.reshape(*values.shape[:-1], periods, per_period)
-    per_word = per_period * bits // WORD
-    out = torch.zeros(*lanes.shape[:-1], per_word, dtype=torch.int64, device=values.device)
+    # int32 throughout: left shifts of int32 wrap into the sign bit as the format wants
+    out = torch.zeros(*lanes.shape[:-1], words_per_period, dtype=torch.int32, device=values.device)
     for i in range(per_period):
         word, shift = divmod(i * bits, WORD)
-        out[..., word] |= (lanes[..., i] << shift) & 0xFFFFFFFF
+        value = lanes[..., i].int()
+        out[..., word] |= value << shift
         if shift + bits > WORD:
-            out[..., word + 1] |= lanes[..., i] >> (WORD - shift)
-    flat = out.reshape(*values.shape[:-1], periods * per_word)[..., :words]
-    return torch.where(flat >= 2**31, flat - 2**32, flat).to(torch.int32).contiguous()
+            out[..., word + 1] |= value >> (WORD - shift)
+    return out.reshape(*values.shape[:-1], periods * words_per_period)[..., :words].contiguous()
 
 
 def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return the first `count` values of int32 words [..., m] as uint8 [..., count]."""
+    """Return the first `count` values of int32 words [..., m] as uint8 [..., count].
+
+    Raises:
+        KernelError: there are fewer than `count` values in the words.
+    """
     if words.shape[-1] * WORD < count * bits:
         msg = f"{words.shape[-1]} words cannot hold {count} values of {bits} bits"
         raise KernelError(msg)
-    per_period = WORD // _gcd(bits)
-    per_word = per_period * bits // WORD
+    per_period, words_per_period = _period(bits)
     periods = -(-count // per_period)
-    padded = torch.nn.functional.pad(
-        words, (0, max(0, periods * per_word - words.shape[-1]))
-    )[..., : periods * per_word]
-    lanes = padded.long().reshape(*words.shape[:-1], periods, per_word) & 0xFFFFFFFF
-    out = torch.empty(
-        *lanes.shape[:-1], per_period, dtype=torch.uint8, device=words.device
-    )
-    mask = 2**bits - 1
+    needed = periods * words_per_period
+    padded = functional.pad(words, (0, max(0, needed - words.shape[-1])))[..., :needed]
+    lanes = padded.reshape(*words.shape[:-1], periods, words_per_period)
+    out = torch.empty(*lanes.shape[:-1], per_period, dtype=torch.uint8, device=words.device)
     for i in range(per_period):
         word, shift = divmod(i * bits, WORD)
-        value = lanes[..., word] >> shift
+        value = lanes[..., word] >> shift  # copies the sign bit downwards: masked off below
         if shift + bits > WORD:
-            value = value | (lanes[..., word + 1] << (WORD - shift))
-        out[..., i] = (value & mask).to(torch.uint8)
+            value = value & (2 ** (WORD - shift) - 1) | lanes[..., word + 1] << (WORD - shift)
+        out[..., i] = (value & (2**bits - 1)).to(torch.uint8)
     return out.reshape(*words.shape[:-1], periods * per_period)[..., :count].contiguous()
 
 
-def _gcd(bits: int) -> int:
-    """Return the greatest power of two that divides both the width and the word."""
-    return bits & -bits
+def _period(bits: int) -> tuple[int, int]:
+    """Return (values, words) after which a stream is word aligned again."""
+    aligned = bits & -bits  # the greatest power of two that divides both width and word
+    return WORD // aligned, bits // aligned

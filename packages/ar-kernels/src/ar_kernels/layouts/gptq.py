@@ -18,8 +18,9 @@ from ar_kernels.weight import KernelError, QuantizedWeight
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ar_schemes import TensorSpec
     from torch import Tensor
+
+    from ar_schemes import TensorSpec
 
 _ALIGN = 32
 
@@ -89,8 +90,7 @@ class GptqLayout:
             "scales": weight.scale.to(torch.float16).t().contiguous(),
         }
         if self.with_g_idx:
-            size = columns // weight.scale.shape[-1]
-            out["g_idx"] = torch.arange(columns, dtype=torch.int32) // size
+            out["g_idx"] = _groups(weight.spec, columns).to(weight.codes.device, torch.int32)
         return out
 
     def unpack(
@@ -99,27 +99,55 @@ class GptqLayout:
         """Return the weight.
 
         Raises:
-            KernelError: a tensor is missing or has the wrong shape or type, or a symmetric
-                checkpoint holds zero points that are not the middle.
+            KernelError: the weight does not fit, a tensor is missing or has the wrong shape or
+                type, `g_idx` orders the channels otherwise, or a symmetric checkpoint holds
+                zero points that are not the middle.
         """
-        for suffix, fact in self.facts(spec, rows, columns).items():
-            if suffix == "g_idx":
-                continue
-            found = tensors.get(suffix)
-            if found is None or tuple(found.shape) != fact.shape:
-                have = "nothing" if found is None else list(found.shape)
-                msg = f"{self.name}: {suffix} must have shape {list(fact.shape)}, found {have}"
-                raise KernelError(msg)
+        self._check(tensors, spec, rows, columns)
         codes = unpack_stream(tensors["qweight"].t().contiguous(), spec.bits, columns)
         zero = unpack_stream(tensors["qzeros"], spec.bits, rows).t().contiguous()
         # the addition wraps within the width, as readers that mask after adding do
         zero = (zero + self.zero_shift) & (2**spec.bits - 1)
         if spec.symmetric:
             if not bool((zero == 2 ** (spec.bits - 1)).all()):
-                msg = f"{self.name}: the checkpoint says symmetric but its zero points differ"
+                msg = (
+                    f"{self.name}: the checkpoint says symmetric but its zero points are not all "
+                    f"{2 ** (spec.bits - 1)}; read it as asymmetric (sym=False)"
+                )
                 raise KernelError(msg)
             return QuantizedWeight(spec, codes, tensors["scales"].t().contiguous())
         return QuantizedWeight(spec, codes, tensors["scales"].t().contiguous(), zero)
+
+    def _check(
+        self, tensors: Mapping[str, Tensor], spec: TensorSpec, rows: int, columns: int
+    ) -> None:
+        """Raise unless the tensors are those of a weight [rows, columns] of this spec."""
+        why = self.refuses(spec, rows, columns)
+        if why is not None:
+            raise KernelError(why)
+        facts = self.facts(spec, rows, columns)
+        for suffix in ("qweight", "qzeros", "scales"):
+            fact, found = facts[suffix], tensors.get(suffix)
+            if found is None or tuple(found.shape) != fact.shape or found.dtype != fact.dtype:
+                have = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+                msg = (
+                    f"{self.name}: {suffix} of {spec} [{rows}, {columns}] must be {fact.dtype} "
+                    f"{list(fact.shape)}, found {have}"
+                )
+                raise KernelError(msg)
+        index = tensors.get("g_idx")
+        if index is not None and not torch.equal(index.cpu().long(), _groups(spec, columns)):
+            msg = (
+                f"{self.name}: g_idx is not channel // {columns // facts['scales'].shape[0]}: the "
+                "checkpoint orders its channels by activation (desc_act), which is not supported; "
+                "quantize without it"
+            )
+            raise KernelError(msg)
+
+
+def _groups(spec: TensorSpec, columns: int) -> Tensor:
+    """Return the group of each input channel, int64 [I]."""
+    return torch.arange(columns) // spec.granularity.region(1, columns)[1]
 
 
 GPTQ = GptqLayout("gptq", zero_shift=1)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ar_schemes import TensorSpec
     from torch import Tensor
 
     from ar_kernels.weight import QuantizedWeight
+    from ar_schemes import TensorSpec
 
 
 @dataclass(frozen=True)

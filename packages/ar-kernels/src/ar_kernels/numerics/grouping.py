@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ar_schemes import Granularity
     from torch import Tensor
+
+    from ar_schemes import Granularity
 
 
 def grouped(x: Tensor, granularity: Granularity) -> Tensor:
@@ -39,4 +40,4 @@ def expand(scale: Tensor, shape: tuple[int, ...], granularity: Granularity) -> T
     rows, columns = shape[-2:]
     count_r, count_c = granularity.scale_shape(rows, columns)
     wide = scale.repeat_interleave(columns // count_c, dim=-1)
-    return wide.repeat_interleave(rows // count_r, dim=-2)
+    return wide if count_r == rows else wide.repeat_interleave(rows // count_r, dim=-2)

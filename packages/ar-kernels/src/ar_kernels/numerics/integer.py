@@ -15,15 +15,13 @@ import torch
 from ar_kernels.numerics.base import Params
 from ar_kernels.numerics.grouping import expand, grouped
 from ar_kernels.numerics.integer_search import search_asymmetric, search_symmetric
-from ar_kernels.numerics.rounding import round_ste, stored
+from ar_kernels.numerics.rounding import floored, round_ste, stored
 from ar_kernels.weight import KernelError, QuantizedWeight
 
 if TYPE_CHECKING:
-    from ar_schemes import TensorSpec
     from torch import Tensor
 
-SMALLEST_SCALE = 1e-5
-"""Magnitude below which fp16 scales lose their digits; keeps a zero group finite."""
+    from ar_schemes import TensorSpec
 
 
 class Integer:
@@ -66,14 +64,14 @@ class Integer:
         if spec.symmetric:
             below = -smallest
             peak = torch.where(largest >= below, -largest, below)
-            return Params(scale=_floored(stored(peak / 2 ** (spec.bits - 1), spec)))
+            return Params(scale=stored(floored(peak / 2 ** (spec.bits - 1)), spec))
         top = 2**spec.bits - 1
-        scale = stored((largest - smallest) / top, spec).clamp_min(SMALLEST_SCALE)
+        scale = stored(floored((largest - smallest) / top), spec)
         return Params(scale=scale, zero_point=round_ste(-smallest / scale).clamp(0, top))
 
     def rescale(self, params: Params, spec: TensorSpec, factor: Tensor) -> Params:
         """Return parameters with every scale multiplied by `factor` and rounded as stored."""
-        return Params(_floored(stored(params.scale * factor, spec)), params.zero_point)
+        return Params(stored(floored(params.scale * factor), spec), params.zero_point)
 
     def quantize(
         self, weight: Tensor, spec: TensorSpec, params: Params, *, offset: Tensor | None = None
@@ -83,10 +81,9 @@ class Integer:
         Raises:
             KernelError: the weight or a scale is not finite.
         """
-        if not (torch.isfinite(weight).all() and torch.isfinite(params.scale).all()):
-            msg = "the weight holds NaN or infinite values and cannot be quantized"
-            raise KernelError(msg)
-        codes, zero = self._codes(weight.detach().float(), spec, params, offset)
+        _require_finite(weight, spec, params)
+        with torch.no_grad():
+            codes, zero = self._codes(weight.float(), spec, params, offset)
         zero_point = None if params.zero_point is None else params.zero_point.detach()
         return QuantizedWeight(
             spec=spec,
@@ -121,7 +118,7 @@ class Integer:
         if importance is not None:
             weights = grouped(importance.float().expand(weight.shape), spec.granularity)
         if spec.symmetric:
-            return Params(scale=_floored(search_symmetric(groups, spec, weights)))
+            return Params(scale=search_symmetric(groups, spec, weights))
         scale, zero = search_asymmetric(groups, spec, weights)
         return Params(scale=scale, zero_point=zero)
 
@@ -139,13 +136,23 @@ class Integer:
         return (rounded + zero).clamp(0, 2**spec.bits - 1) - zero, zero
 
 
+def _require_finite(weight: Tensor, spec: TensorSpec, params: Params) -> None:
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        msg = (
+            f"the weight of shape {list(weight.shape)} holds {bad} NaN or infinite values and "
+            "cannot be quantized; keep the layer in 16 bits or mend the source checkpoint"
+        )
+        raise KernelError(msg)
+    if not torch.isfinite(params.scale).all():
+        msg = (
+            f"a weight of magnitude {float(weight.abs().max()):.3g} needs a scale beyond the range "
+            f"of {spec.scale_dtype} with {spec}; keep the layer in 16 bits"
+        )
+        raise KernelError(msg)
+
+
 def extremes(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     """Return (smallest, largest) value per group, each with 0 included, float32 [..., R, G]."""
     groups = grouped(weight.float(), spec.granularity)
     return groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-
-
-def _floored(scale: Tensor) -> Tensor:
-    """Return the scale with its magnitude at least `SMALLEST_SCALE`, sign kept."""
-    floor = torch.where(scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
-    return torch.where(scale.abs() < SMALLEST_SCALE, floor.to(scale.dtype), scale)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ar_kernels.numerics.rounding import stored
+from ar_kernels.numerics.rounding import floored, stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ar_schemes import TensorSpec
     from torch import Tensor
+
+    from ar_schemes import TensorSpec
 
 _GRID = {2: (0.35, 1.1), 3: (0.5, 1.15)}
 _WIDE = (0.55, 1.15)
@@ -34,14 +35,15 @@ def search_symmetric(groups: Tensor, spec: TensorSpec, weights: Tensor | None) -
         weights: importance of each element, shape of `groups`, or None.
     """
     peak = 2 ** (spec.bits - 1)
-    largest = torch.gather(groups, -1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    absmax = -largest / peak  # the element of largest magnitude maps to code -peak
-    best = stored(absmax, spec)
+    below, above = -groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    # the element of largest magnitude maps to code -peak, as without search
+    absmax = torch.where(above >= below, -above, below) / peak
+    best = stored(floored(absmax), spec)
     best_error = _error_symmetric(groups, best, weights, peak)
     first, last = _GRID.get(spec.bits, _WIDE)
     for factor in torch.linspace(first, last, _STEPS).tolist():
         for sign in (1.0, -1.0):
-            scale = stored(absmax * factor * sign, spec)
+            scale = stored(floored(absmax * factor * sign), spec)
             best, best_error = _keep(
                 best, best_error, scale, _error_symmetric(groups, scale, weights, peak)
             )
@@ -50,7 +52,7 @@ def search_symmetric(groups: Tensor, spec: TensorSpec, weights: Tensor | None) -
         weighted = codes if weights is None else codes * weights
         energy = (weighted * codes).sum(-1)
         fitted = (weighted * groups).sum(-1) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
-        scale = stored(torch.where(energy > 0, fitted, best), spec)
+        scale = stored(floored(torch.where(energy > 0, fitted, best)), spec)
         best, best_error = _keep(
             best, best_error, scale, _error_symmetric(groups, scale, weights, peak)
         )
@@ -63,11 +65,11 @@ def search_asymmetric(
     """Return (scale, zero point) [..., R, G] of least weighted squared error."""
     top = 2**spec.bits - 1
     smallest, largest = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-    best_scale = stored((largest - smallest) / top, spec).clamp_min(1e-5)
+    best_scale = stored(floored((largest - smallest) / top), spec)
     best_zero = (-smallest / best_scale).round().clamp(0, top)
     best_error = _error_asymmetric(groups, best_scale, best_zero, weights, top)
     for low, high in _corner_factors(spec.bits):
-        scale = stored((largest * high - smallest * low) / top, spec).clamp_min(1e-5)
+        scale = stored(floored((largest * high - smallest * low) / top), spec)
         zero = (-smallest * low / scale).round().clamp(0, top)
         error = _error_asymmetric(groups, scale, zero, weights, top)
         better = error < best_error
@@ -84,8 +86,7 @@ def _corner_factors(bits: int) -> Iterator[tuple[float, float]]:
 
 
 def _symmetric_codes(groups: Tensor, scale: Tensor, peak: int) -> Tensor:
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return (groups / safe.unsqueeze(-1)).round_().clamp_(-peak, peak - 1)
+    return (groups / scale.unsqueeze(-1)).round_().clamp_(-peak, peak - 1)
 
 
 def _error_symmetric(groups: Tensor, scale: Tensor, weights: Tensor | None, peak: int) -> Tensor:

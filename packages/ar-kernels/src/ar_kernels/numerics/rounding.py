@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from ar_schemes import TensorSpec
     from torch import Tensor
+
+    from ar_schemes import TensorSpec
+
+SMALLEST_SCALE = 1e-5
+"""Magnitude below which fp16 scales lose their digits; keeps a zero group finite."""
 
 
 class _Round(torch.autograd.Function):
@@ -24,6 +28,12 @@ class _Round(torch.autograd.Function):
 def round_ste(x: Tensor) -> Tensor:
     """Return `x` rounded half to even; the gradient passes as if nothing had happened."""
     return _Round.apply(x)
+
+
+def floored(scale: Tensor) -> Tensor:
+    """Return the scale with its magnitude at least `SMALLEST_SCALE`, sign kept."""
+    floor = torch.where(scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
+    return torch.where(scale.abs() < SMALLEST_SCALE, floor.to(scale.dtype), scale)
 
 
 class _Cast(torch.autograd.Function):

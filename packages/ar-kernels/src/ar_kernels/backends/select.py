@@ -1,0 +1,96 @@
+"""Which backend serves a layer, with the reason for every one that was considered."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ar_kernels.registry import backend, backends, host
+from ar_kernels.weight import KernelError
+from ar_schemes import unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ar_kernels.backends.base import Backend, Need
+
+ENV = "AR_BACKEND"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend for a layer.
+
+    Attributes:
+        backend: the one to use.
+        reasons: (name, verdict) of every installed backend, best first.
+    """
+
+    backend: Backend
+    reasons: tuple[tuple[str, str], ...]
+
+
+def choose(need: Need, prefer: str | None = None, *, env: Mapping[str, str] = os.environ) -> Choice:
+    """Return the backend for a layer: the preferred one, a plugin's choice, or the best usable.
+
+    Args:
+        need: what the layer asks.
+        prefer: name of a backend; None asks the environment variable `AR_BACKEND`.
+        env: where `AR_BACKEND` is read.
+
+    Raises:
+        KernelError: the preferred backend is unknown or cannot serve the layer, a plugin chose
+            one that is not usable, or none can serve it.
+    """
+    wanted = prefer or env.get(ENV) or None
+    preferred = None if wanted is None else backend(wanted)
+    ranked = sorted(backends().values(), key=lambda b: -b.priority)
+    hurdles = {b.name: _hurdle(b, need) for b in ranked}
+    if preferred is not None:
+        _require(preferred, hurdles[preferred.name], need)
+        return _choice(preferred, "chosen: asked for by name", ranked, hurdles)
+    usable = [b for b in ranked if hurdles[b.name] is None]
+    if not usable:
+        why = "; ".join(f"{name}: {text}" for name, text in hurdles.items())
+        msg = f"no backend can run {_words(need)}. {why}"
+        raise KernelError(msg)
+    named = host().first("ar_choose_backend", need=need, usable=tuple(usable))
+    if named is None:
+        return _choice(usable[0], "chosen: best usable", ranked, hurdles)
+    chosen = {b.name: b for b in usable}.get(named)
+    if chosen is None:
+        hint = f"A plugin's ar_choose_backend asked for it for {_words(need)}."
+        raise KernelError(
+            unknown_name("usable backend", named, (b.name for b in usable), hint=hint)
+        )
+    return _choice(chosen, "chosen: by a plugin", ranked, hurdles)
+
+
+def _hurdle(candidate: Backend, need: Need) -> str | None:
+    """Return why a backend cannot serve a need, or None."""
+    lacks = candidate.missing()
+    return f"missing: {lacks}" if lacks is not None else candidate.refuses(need)
+
+
+def _require(preferred: Backend, hurdle: str | None, need: Need) -> None:
+    if hurdle is not None:
+        msg = (
+            f"backend {preferred.name} cannot run {_words(need)}: {hurdle}. "
+            f"Choose another, or leave the choice to ar-kernels (unset {ENV})."
+        )
+        raise KernelError(msg)
+
+
+def _choice(
+    chosen: Backend, why: str, ranked: list[Backend], hurdles: Mapping[str, str | None]
+) -> Choice:
+    verdicts = {b.name: hurdles[b.name] or f"usable, priority {b.priority}" for b in ranked}
+    verdicts[chosen.name] = f"{why}, priority {chosen.priority}"
+    return Choice(chosen, tuple(verdicts.items()))
+
+
+def _words(need: Need) -> str:
+    act = "" if need.activation is None else f" with {need.activation} activations"
+    kind = str(need.dtype).removeprefix("torch.")
+    return f"{need.spec} [{need.rows}, {need.columns}]{act} in {kind} on {need.device}"

@@ -1,0 +1,117 @@
+"""Register our quantizer with transformers, now or as soon as it is imported.
+
+Standard library only: this may run inside `import torch` (see `ar_kernels._autoload`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+_log = logging.getLogger(__name__)
+
+_HOME = "transformers.quantizers.auto"
+# torch, and with it this code, may be imported while _HOME is half way through its own imports;
+# modeling_utils is imported after it and before any model can be loaded.
+_TARGETS = (_HOME, "transformers.modeling_utils")
+
+STOCK = {"auto-round": ("auto_round",), "gptq": ("optimum", "gptqmodel")}
+"""Quantization method to the packages without which transformers itself cannot load it."""
+
+POLICIES = ("auto", "always", "never")
+
+
+def arm(explicit: bool = True) -> None:
+    """Let transformers load the quantized checkpoints that we know.
+
+    Args:
+        explicit: True takes every method over; False only those whose packages are missing, so
+            that transformers could not load them anyway. Inside `import torch` it is always
+            False. The environment variable AR_KERNELS_TAKEOVER decides instead when it says
+            `always` or `never`.
+    """
+    policy = _policy()
+    if policy == "never":
+        return
+    all_methods = policy == "always" or (explicit and not torch_is_starting())
+    if _is_ready(_HOME):
+        _register(all_methods)
+        return
+    sys.meta_path.insert(0, _Watch(lambda: _register(all_methods)))
+
+
+def torch_is_starting() -> bool:
+    """Tell whether torch is in the middle of being imported."""
+    return "torch" in sys.modules and not _is_ready("torch")
+
+
+def _policy() -> str:
+    found = os.environ.get("AR_KERNELS_TAKEOVER", "auto").strip().lower() or "auto"
+    if found not in POLICIES:
+        _log.warning(
+            "AR_KERNELS_TAKEOVER=%s is none of %s; using auto", found, ", ".join(POLICIES)
+        )
+        return "auto"
+    return found
+
+
+def _is_ready(name: str) -> bool:
+    """Tell whether a module is imported to its end."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return spec is not None and not getattr(spec, "_initializing", False)
+
+
+def _register(all_methods: bool) -> None:
+    """Put our classes into the tables of transformers."""
+    methods = [
+        method
+        for method, packages in STOCK.items()
+        if all_methods or any(importlib.util.find_spec(name) is None for name in packages)
+    ]
+    if methods:
+        from ar_kernels.hf import quantizer
+
+        quantizer.register(methods)
+
+
+class _Watch(MetaPathFinder):
+    """Calls back once, after one of the watched modules has been imported and _HOME is complete."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec that the other finders give, its loader made to call back."""
+        if fullname not in _TARGETS:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                self._follow(spec)
+                return spec
+        return None
+
+    def _follow(self, spec: ModuleSpec) -> None:
+        loader = spec.loader
+        if loader is None:
+            return
+        execute = loader.exec_module
+
+        def exec_and_tell(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path and (module.__name__ == _HOME or _is_ready(_HOME)):
+                sys.meta_path.remove(self)
+                self._then()
+
+        loader.exec_module = exec_and_tell  # type: ignore[method-assign]

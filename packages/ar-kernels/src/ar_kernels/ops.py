@@ -1,0 +1,86 @@
+"""The one op behind every quantized layer: `torch.ops.ar_kernels.quant_linear`.
+
+It is opaque to graph compilers, so a model with quantized layers compiles without graph breaks
+whatever backend runs inside. Importing this module registers it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ar_kernels.backends.base import PackedWeight
+from ar_kernels.registry import backend as find_backend
+
+
+@torch.library.custom_op("ar_kernels::quant_linear", mutates_args=())
+def quant_linear(
+    x: Tensor,
+    buffers: list[Tensor],
+    meta: list[int],
+    bias: Tensor | None,
+    backend: str,
+    rows: int,
+) -> Tensor:
+    """Return x [..., I] times a packed weight [O, I] transposed, plus bias [O]: [..., O].
+
+    Args:
+        x: float activations.
+        buffers: the packed weight's buffers, in the order of the backend's `buffer_names`.
+        meta: the packed weight's integers.
+        bias: one value per output feature, or None.
+        backend: name of the backend that packed the weight.
+        rows: O.
+
+    Raises:
+        KernelError: no backend has that name.
+    """
+    return _run(x, buffers, meta, bias, backend)
+
+
+def _run(
+    x: Tensor, buffers: list[Tensor], meta: list[int], bias: Tensor | None, backend: str
+) -> Tensor:
+    family = find_backend(backend)
+    names = family.buffer_names(meta)
+    packed = PackedWeight(dict(zip(names, buffers, strict=True)), tuple(meta))
+    # under autocast the product may come back narrower than what the op promised
+    return family.linear(x, packed, bias).to(x.dtype)
+
+
+@quant_linear.register_fake
+def _shape_only(
+    x: Tensor,
+    buffers: list[Tensor],  # noqa: ARG001 - the op's signature
+    meta: list[int],  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    backend: str,  # noqa: ARG001
+    rows: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, buffers, ctx.meta, bias, ctx.backend, _ = inputs
+    ctx.columns, ctx.has_bias = x.shape[-1], bias is not None
+    ctx.save_for_backward(*buffers)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Return the gradients of x and bias; the quantized weight has none.
+
+    The weight is read back through the op itself (the product with the identity), so that every
+    backend is differentiable in x without further code.
+    """
+    eye = torch.eye(ctx.columns, dtype=grad.dtype, device=grad.device)
+    buffers = list(ctx.saved_tensors)
+    weight_t = quant_linear(eye, buffers, ctx.meta, None, ctx.backend, grad.shape[-1])
+    bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
+    # torch 2.13 takes an empty list of integers for an empty list of tensors and wants one back
+    no_meta: list[None] | None = None if ctx.meta else []
+    return grad @ weight_t.t(), [None] * len(buffers), no_meta, bias_grad, None, None
+
+
+quant_linear.register_autograd(_backward, setup_context=_save)
