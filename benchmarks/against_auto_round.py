@@ -62,12 +62,16 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=200)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--repeat", type=int, default=1, help="timed runs of each; the median counts")
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="timed runs of each; the median counts"
+    )
     args = parser.parse_args()
     sides = [("ar", sys.executable, OURS)]
     if args.peer_python:
         sides.append(("auto-round", args.peer_python, THEIRS))
-    print("| scheme | recipe | tool | KL | perplexity | top-1 | weight bytes | seconds | peak MiB |")
+    print(
+        "| scheme | recipe | tool | KL | perplexity | top-1 | weight bytes | seconds | peak MiB |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for scheme in args.schemes:
         for recipe in args.recipes:
@@ -111,10 +115,11 @@ def _run(
 
 
 def _score(args: argparse.Namespace, candidate: Path) -> dict[str, float]:
-    import ar_kernels  # noqa: F401 - teaches transformers the format
     import torch
-    from ar_tuner.evaluate import compare, windows
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import ar_kernels  # noqa: F401 - teaches transformers the format
+    from ar_tuner.evaluate import compare, windows
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = args.text.read_text(encoding="utf-8")

@@ -213,7 +213,9 @@ def build_corpus(root: Path) -> Corpus:
                 if text:
                     part[name] = text
     for topic, text in sorted(topics.items()):
-        corpus.train[f"help {topic}"] = "\n\n".join([f"Help on topic {topic}:", *corpus.fresh(text)])
+        corpus.train[f"help {topic}"] = "\n\n".join(
+            [f"Help on topic {topic}:", *corpus.fresh(text)]
+        )
     return corpus
 
 

@@ -57,7 +57,7 @@ def step_aside(args: Sequence[str], own: Path) -> int:
             "This `ar` is the quantization toolkit; see `ar --help`.\n"
         )
         return _NOT_FOUND
-    os.execv(found, [found, *args])  # noqa: S606 - the same call, another program
+    return os.execv(found, [found, *args])  # noqa: S606 - the same call, another program
 
 
 def _is_ours(path: Path) -> bool:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ar_cli.commands import checkpoint, doctor, evaluate, generate, listings, plan, plugins, quantize
+from ar_cli.commands import (
+    checkpoint,
+    doctor,
+    evaluate,
+    generate,
+    listings,
+    plan,
+    plugins,
+    quantize,
+)
 from ar_cli.hookspecs import hookimpl
 
 if TYPE_CHECKING:

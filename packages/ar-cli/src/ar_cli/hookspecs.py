@@ -17,4 +17,4 @@ hookimpl = pluggy.HookimplMarker("ar_cli")
 
 @hookspec
 def ar_register_commands() -> Iterable[click.Command]:  # type: ignore[empty-body]
-    """Return commands of `ar`. A name in the form of an archiver's call (`tv`, `rcs`) is refused."""
+    """Return commands of `ar`; names in the form of an archiver's call (`tv`) are refused."""

@@ -7,9 +7,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import click
-from ar_schemes import ArError
 
 from ar_cli import __version__, registry
+from ar_schemes import ArError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

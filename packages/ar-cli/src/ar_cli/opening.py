@@ -26,8 +26,9 @@ def open_model(path: Path, dtype: str = "auto", *, device: str = "cpu") -> nn.Mo
     from ar_export import open_checkpoint
 
     open_checkpoint(path)  # says clearly what is missing or damaged
-    import ar_kernels  # noqa: F401 - teaches Transformers the formats
     from transformers import AutoModelForCausalLM
+
+    import ar_kernels  # noqa: F401 - teaches Transformers the formats
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, local_files_only=True

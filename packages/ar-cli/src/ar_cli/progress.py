@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 from ar_cli.output import duration, size
 
 if TYPE_CHECKING:
-    from ar_tuner.events import RunEvent
+    from ar_tuner.events import BlockProgress, RunEvent
 
 
 class Progress:
@@ -22,7 +22,9 @@ class Progress:
 
     def __call__(self, event: RunEvent) -> None:
         """Take note of an event."""
-        if event.kind == "block_progress":
+        from ar_tuner import events
+
+        if isinstance(event, events.BlockProgress):
             self._step(event)
             return
         line = describe(event)
@@ -30,11 +32,11 @@ class Progress:
             self._clear()
             self._stream.write(line + "\n")
             self._stream.flush()
-        if event.kind == "block_done":
+        if isinstance(event, events.BlockDone):
             self._left = event.eta_seconds
 
-    def _step(self, event: RunEvent) -> None:
-        if not self._live or event.kind != "block_progress":
+    def _step(self, event: BlockProgress) -> None:
+        if not self._live:
             return
         left = "" if self._left is None else f"  about {duration(self._left)} left"
         text = (
@@ -54,15 +56,17 @@ class Progress:
 
 def describe(event: RunEvent) -> str | None:
     """Return the line an event is worth, or None."""
-    if event.kind == "note":
+    from ar_tuner import events
+
+    if isinstance(event, events.Note):
         return f"{'warning: ' if event.level == 'warning' else ''}{event.text}"
-    if event.kind == "calibration_ready":
+    if isinstance(event, events.CalibrationReady):
         return f"calibration: {event.rows} rows, {event.tokens} tokens"
-    if event.kind == "run_started":
+    if isinstance(event, events.RunStarted):
         resumed = f", {event.resumed_blocks} already done" if event.resumed_blocks else ""
         where = f"; log and finished blocks in {event.run_dir}" if event.run_dir else ""
         return f"{event.layers} layers in {event.blocks} blocks{resumed}{where}"
-    if event.kind == "block_done":
+    if isinstance(event, events.BlockDone):
         loss = ""
         if event.loss_before is not None and event.loss_after is not None:
             loss = f"  mse {event.loss_before:.3g} -> {event.loss_after:.3g}"

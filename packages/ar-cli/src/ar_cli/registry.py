@@ -6,10 +6,10 @@ import functools
 from typing import TYPE_CHECKING
 
 import click
-from ar_schemes import PluginError, PluginHost, Registry
 
 from ar_cli import builtin, hookspecs
 from ar_cli.archiver import is_archiver_call
+from ar_schemes import PluginError, PluginHost, Registry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

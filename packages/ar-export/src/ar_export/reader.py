@@ -7,20 +7,20 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ar_kernels import KernelError, layout
 from safetensors import SafetensorError, safe_open
 
 from ar_export.errors import ExportError
 from ar_export.registry import formats
+from ar_kernels import KernelError, layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ar_kernels import QuantizedWeight
     from torch import Tensor
 
     from ar_export.formats.base import LayerEntry
+    from ar_kernels import QuantizedWeight
 
 
 @dataclass(frozen=True)

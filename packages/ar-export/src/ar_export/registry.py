@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from ar_schemes import PluginHost, Registry, unknown_name
-
 from ar_export import builtin, hookspecs
 from ar_export.errors import ExportError
 from ar_export.formats.base import Format
+from ar_schemes import PluginHost, Registry, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from ar_kernels import QuantizedWeight
     from torch import Tensor
 
     from ar_export.formats.base import Format
+    from ar_kernels import QuantizedWeight
 
 tuner_hook = pluggy.HookimplMarker("ar_tuner")
 

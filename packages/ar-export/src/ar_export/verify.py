@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from ar_kernels import equal, layout
 
 from ar_export.errors import ExportError
 from ar_export.reader import open_checkpoint
+from ar_kernels import equal, layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from ar_kernels import QuantizedWeight
     from torch import Tensor, nn
 
     from ar_export.reader import Checkpoint
+    from ar_kernels import QuantizedWeight
 
     Expected = Mapping[str, QuantizedWeight] | Callable[[str], QuantizedWeight]
 
@@ -108,7 +108,9 @@ def _structure(found: Checkpoint) -> Iterator[Finding]:
     for name, entry in found.quantized.items():
         spec = entry.scheme.weight
         assert spec is not None
-        known |= {f"{name}.{s}" for s in layout(entry.layout).facts(spec, entry.rows, entry.columns)}
+        known |= {
+            f"{name}.{s}" for s in layout(entry.layout).facts(spec, entry.rows, entry.columns)
+        }
         if f"{name}.weight" in found.files:
             yield Finding("error", "both packed and float weights are stored", name)
     for key in found.names:
@@ -117,8 +119,10 @@ def _structure(found: Checkpoint) -> Iterator[Finding]:
     if found.config.get("tie_word_embeddings") and "lm_head.weight" in found.files:
         yield Finding("warning", "the head is tied, yet stored a second time", "lm_head.weight")
     side = found.path / "quantization_config.json"
-    if side.is_file() and found.quantization_config is not None:
-        if json.loads(side.read_text(encoding="utf-8")) != found.quantization_config:
+    wanted = found.quantization_config
+    if wanted is not None and side.is_file():
+        stored = json.loads(side.read_text(encoding="utf-8"))
+        if stored != wanted:
             yield Finding("error", "differs from the one in config.json", side.name)
     if found.quantization_config is not None and not found.quantized:
         yield Finding("error", "the config names a quantization, but no layer is quantized", "")
@@ -141,8 +145,9 @@ def _fused(found: Checkpoint) -> Iterator[Finding]:
 
 def _logits(path: Path, against: nn.Module) -> tuple[float, list[Finding]]:
     """Return the largest relative difference of logits, and a finding if it is too large."""
-    import ar_kernels  # noqa: F401 - teaches Transformers the format
     from transformers import AutoModelForCausalLM
+
+    import ar_kernels  # noqa: F401 - teaches Transformers the format
 
     parameter = next(against.parameters())
     reopened = AutoModelForCausalLM.from_pretrained(

@@ -79,9 +79,7 @@ class ShardWriter:
             self._finish_shard()
         if self._scratch is None:
             self._scratch = (self._folder / ".scratch").open("w+b")
-        self._entries.append(
-            _Entry(name, plain.dtype, tuple(plain.shape), self._filled, size)
-        )
+        self._entries.append(_Entry(name, plain.dtype, tuple(plain.shape), self._filled, size))
         self._scratch.write(plain.reshape(-1).view(torch.uint8).numpy().data)
         self._names.add(name)
         self._filled += size

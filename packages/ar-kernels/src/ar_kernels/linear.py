@@ -15,10 +15,9 @@ from ar_kernels.weight import KernelError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ar_schemes import TensorSpec
-
     from ar_kernels.layouts.base import TensorFact
     from ar_kernels.weight import QuantizedWeight
+    from ar_schemes import TensorSpec
 
 _READY = "ready_"
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class ArError(Exception):
-    """A mistake that a person can mend: the message says what, where, what is allowed, what to do."""
+    """A mistake that a person can mend: the message says what, where, what is allowed."""
 
 
 class SchemeError(ArError):

@@ -233,7 +233,9 @@ def _check_divides(rows: Sequence[PlanRow]) -> None:
     for row in bad:
         spec = row.scheme.weight
         assert spec is not None
-        options = [d for d in range(min(1024, row.layer.columns), 15, -1) if not row.layer.columns % d]
+        options = [
+            d for d in range(min(1024, row.layer.columns), 15, -1) if not row.layer.columns % d
+        ]
         lines.append(
             f"  {row.layer.name}: {spec.granularity} does not divide "
             f"[{row.layer.rows}, {row.layer.columns}]; sizes that do: "

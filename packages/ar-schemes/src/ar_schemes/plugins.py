@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pluggy
 
 from ar_schemes.errors import PluginError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +192,9 @@ class PluginHost:
     def _register(self, name: str, plugin: object, dist: str, version: str) -> None:
         if name in self._records:
             owner = self._records[name].dist
-            msg = f"plugin name {name!r} of {dist} is already used by {owner}; rename the entry point"
+            msg = (
+                f"plugin name {name!r} of {dist} is already used by {owner}; rename the entry point"
+            )
             self._failed(f"{name}@{dist}", dist, version, PluginError(msg))
             return
         try:

@@ -27,7 +27,8 @@ class Granularity:
     """The region of a tensor that shares one scale.
 
     For a weight [O, I] the scale has shape: tensor [1, 1], channel [O, 1], group of n
-    [O, I / n], tile (m, n) [O / m, I / n]. For an activation [T, I]: token [T, 1], group [T, I / n].
+    [O, I / n], tile (m, n) [O / m, I / n]. For an activation [T, I]: token [T, 1], group
+    [T, I / n].
     """
 
     span: Span
@@ -119,7 +120,11 @@ class TensorSpec:
     super_group: SuperGroup | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 16:
+        if (
+            not isinstance(self.bits, int)
+            or isinstance(self.bits, bool)
+            or not 1 <= self.bits <= 16
+        ):
             msg = f"bits {self.bits!r} is not allowed: use a whole number from 1 to 16"
             raise SchemeError(msg)
 

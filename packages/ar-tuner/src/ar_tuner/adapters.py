@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KEEP = (
-    (re.compile(r"(^|\.)(indexer|weights_proj)(\.|$)"), "attention indexer: tiny, decides what is seen"),
+    (
+        re.compile(r"(^|\.)(indexer|weights_proj)(\.|$)"),
+        "attention indexer: tiny, decides what is seen",
+    ),
     (
         re.compile(r"(^|\.)(in_proj_a|in_proj_b|in_proj_ba|b_proj|g_proj|x_proj|dt_proj)$"),
         "gate of linear attention or state space: small and sensitive",
@@ -83,6 +86,8 @@ class GenericAdapter:
     def is_router(self, name: str, module: nn.Module) -> bool:
         """Tell whether a layer chooses experts: named like one and much narrower than wide."""
         weight = module.weight
-        return bool(_ROUTER.search(name)) and isinstance(weight, torch.Tensor) and (
-            weight.shape[0] <= weight.shape[-1] // 4 or weight.shape[0] < 32
+        return (
+            bool(_ROUTER.search(name))
+            and isinstance(weight, torch.Tensor)
+            and (weight.shape[0] <= weight.shape[-1] // 4 or weight.shape[0] < 32)
         )

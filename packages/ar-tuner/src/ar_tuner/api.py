@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
-
 from ar_tuner import events
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.errors import TunerError
@@ -18,10 +17,10 @@ from ar_tuner.settings import make_settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ar_kernels import QuantizedWeight
-    from ar_schemes import Scheme
     from torch import Tensor, nn
 
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import Scheme
     from ar_tuner.adapters import ModelAdapter
     from ar_tuner.algorithms.base import Algorithm
     from ar_tuner.events import RunEvent
@@ -87,9 +86,7 @@ class AutoRound:
             from ar_tuner.loading import load_meta
 
             assert self.source is not None
-            model = load_meta(
-                self.source, trust_remote_code=self.settings.trust_remote_code
-            )
+            model = load_meta(self.source, trust_remote_code=self.settings.trust_remote_code)
         return self._describe(model)[2]
 
     def quantize(self) -> tuple[nn.Module, LayerPlan]:

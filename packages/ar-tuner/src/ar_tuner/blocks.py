@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ar_schemes import LayerInfo
 from torch import nn
 
+from ar_schemes import LayerInfo
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -86,9 +86,7 @@ def find_blocks(
     return Discovery(lists=tuple(chosen), blocks=tuple(blocks))
 
 
-def layers_of(
-    model: nn.Module, discovery: Discovery, adapter: ModelAdapter
-) -> Iterator[LayerInfo]:
+def layers_of(model: nn.Module, discovery: Discovery, adapter: ModelAdapter) -> Iterator[LayerInfo]:
     """Yield what a plan needs of every linear layer, every embedding and every fused expert."""
     owner = {b.name: b for b in discovery.blocks}
     head = _output_head(model)
@@ -170,7 +168,9 @@ def _discover(model: nn.Module, adapter: ModelAdapter) -> tuple[str, ...]:
     outside = sum(f[2] for f in found if f not in chosen)
     if inside < COVERAGE * (inside + outside):
         listing = ", ".join(f"{f[0]} ({f[2]} weights)" for f in found)
-        msg = f"cannot tell which lists hold the decoder blocks: {listing}. Name them with blocks=..."
+        msg = (
+            f"cannot tell which lists hold the decoder blocks: {listing}. Name them with blocks=..."
+        )
         raise TunerError(msg)
     return tuple(f[0] for f in chosen)
 

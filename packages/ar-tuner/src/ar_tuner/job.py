@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ar_schemes import LayerPlan
-
 from ar_tuner import events
 from ar_tuner.algorithms.base import Target, TuneSettings
 from ar_tuner.algorithms.rtn import nearest
@@ -26,9 +24,10 @@ from ar_tuner.sink import SinkRequest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from ar_kernels import QuantizedWeight
     from torch import Tensor, nn
 
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import LayerPlan
     from ar_tuner.api import AutoRound, Prepared
     from ar_tuner.sink import Sink
 
@@ -92,9 +91,7 @@ def quantize_to_directory(
     return prepared.model, final
 
 
-def _write(
-    request: AutoRound, prepared: Prepared, job: Job, run: Run, sink: Sink
-) -> None:
+def _write(request: AutoRound, prepared: Prepared, job: Job, run: Run, sink: Sink) -> None:
     names = _source_names(request, prepared)
     written: set[str] = set()
 

@@ -54,9 +54,7 @@ def map_names(model_keys: Iterable[str], source_keys: Iterable[str]) -> dict[str
             out[key] = key
             continue
         near = [
-            k
-            for k in by_tail.get(_tail(key), [])
-            if k.endswith(f".{key}") or key.endswith(f".{k}")
+            k for k in by_tail.get(_tail(key), []) if k.endswith(f".{key}") or key.endswith(f".{k}")
         ]
         if len(near) == 1:
             out[key] = near[0]

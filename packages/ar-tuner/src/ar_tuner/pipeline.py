@@ -19,10 +19,10 @@ from ar_tuner.walk import Frame, execute, hidden, suspended, trace_calls
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from ar_kernels import QuantizedWeight
-    from ar_schemes import LayerPlan
     from torch import Tensor, nn
 
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import LayerPlan
     from ar_tuner.adapters import ModelAdapter
     from ar_tuner.algorithms.base import Algorithm
     from ar_tuner.blocks import Block, Discovery
@@ -177,7 +177,9 @@ def _quantize(
     return job.algorithm.quantize(task), False
 
 
-def _replacements(job: Job, block: Block, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+def _replacements(
+    job: Job, block: Block, weights: Mapping[str, QuantizedWeight]
+) -> dict[str, Tensor]:
     return {
         t.ref.parameter: as_parameter(
             t, weights[t.ref.layer].dequantize(), block.module.get_parameter(t.ref.parameter)
@@ -195,9 +197,7 @@ def install(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def _check_called(job: Job, order: list[int]) -> None:
     called = set(order)
     missed = [
-        b.name
-        for i, b in enumerate(job.discovery.blocks)
-        if i not in called and job.targets(b)
+        b.name for i, b in enumerate(job.discovery.blocks) if i not in called and job.targets(b)
     ]
     if missed:
         msg = (

@@ -6,7 +6,6 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from ar_schemes import PluginHost, Registry, unknown_name
-
 from ar_tuner import builtin, hookspecs
 from ar_tuner.adapters import GenericAdapter, ModelAdapter
 from ar_tuner.algorithms.base import Algorithm

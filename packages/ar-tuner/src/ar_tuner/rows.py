@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ar_tuner.walk import Call
+if TYPE_CHECKING:
+    from ar_tuner.walk import Call
 
 Path = tuple[object, ...]
 
@@ -82,9 +83,7 @@ class RowBank:
             rows = min(rows, self.rows)
             return [list(range(i, min(i + size, rows))) for i in range(0, rows, size)]
         starts = self._starts()
-        return [
-            list(range(s, s + n)) for s, n in zip(starts, self.sizes, strict=True) if s < rows
-        ]
+        return [list(range(s, s + n)) for s, n in zip(starts, self.sizes, strict=True) if s < rows]
 
     def take(self, rows: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) for some rows; containers are fresh, so a block may change them."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ar_schemes import unknown_name
-
 from ar_tuner.errors import TunerError
 from ar_tuner.recipes import RECIPES, Recipe
 

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from torch import Tensor
+
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

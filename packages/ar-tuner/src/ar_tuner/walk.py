@@ -187,7 +187,9 @@ def hidden(output: object) -> torch.Tensor:
     """Return the hidden state in a block's output: the tensor itself, or the first of several."""
     first = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(first, torch.Tensor):
-        msg = f"a block returned {type(first).__name__}, not a tensor or a tuple that begins with one"
+        msg = (
+            f"a block returned {type(first).__name__}, not a tensor or a tuple that begins with one"
+        )
         raise TunerError(msg)
     return first
 

@@ -35,7 +35,10 @@ def inspect(directory: Path, every: bool, as_json: bool) -> None:  # noqa: FBT00
         click.echo()
         print_table(
             ("layer", "shape", "scheme", "layout"),
-            [(r["name"], f"{r['rows']} x {r['columns']}", r["scheme"], r["layout"]) for r in layers],
+            [
+                (r["name"], f"{r['rows']} x {r['columns']}", r["scheme"], r["layout"])
+                for r in layers
+            ],
         )
     elif layers:
         counted = Counter((r["scheme"], r["layout"]) for r in layers)
@@ -91,11 +94,15 @@ def verify(directory: Path, against: Path | None, as_json: bool) -> int:  # noqa
     expected = None if against is None else open_checkpoint(against).weight
     report = check(directory, expected=expected)
     if as_json:
-        print_json({**vars(report), "ok": report.ok, "findings": [vars(f) for f in report.findings]})
+        print_json(
+            {**vars(report), "ok": report.ok, "findings": [vars(f) for f in report.findings]}
+        )
     else:
         for finding in report.findings:
             click.echo(f"{finding.level}: {finding.where}: {finding.what}")
         compared = f", {report.compared} compared bit by bit" if report.compared else ""
         verdict = "sound" if report.ok else "NOT sound"
-        click.echo(f"{verdict}: {report.layers} quantized layers, {report.tensors} tensors{compared}")
+        click.echo(
+            f"{verdict}: {report.layers} quantized layers, {report.tensors} tensors{compared}"
+        )
     return 0 if report.ok else 1

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ar_schemes import HOSTS
 
 from ar_cli.archiver import find_archiver
 from ar_cli.commands.plugins import records_of
 from ar_cli.output import json_option, print_json, print_table, size
 from ar_cli.quiet import hush
+from ar_schemes import HOSTS
 
 _PACKAGES = (
     *("ar-schemes", "ar-kernels", "ar-tuner", "ar-export", "ar-vlm", "ar-cli"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from ar_schemes import ArError
 
 from ar_cli.output import json_option, print_json, print_table
 from ar_cli.quiet import hush
+from ar_schemes import ArError
 
 
 @click.command("eval")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ar_schemes import ArError
 
 from ar_cli.quiet import hush
+from ar_schemes import ArError
 
 
 @click.command()

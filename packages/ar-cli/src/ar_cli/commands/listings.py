@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from ar_schemes import Scheme
-from ar_schemes import schemes as all_schemes
 
 from ar_cli.output import json_option, print_records
+from ar_schemes import Scheme
+from ar_schemes import schemes as all_schemes
 
 _SAMPLE = (4096, 4096)
 """Shape for which bits per weight are told."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from ar_schemes import ArError, scheme
 
 if TYPE_CHECKING:

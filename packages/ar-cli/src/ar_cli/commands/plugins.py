@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 import click
-from ar_schemes import HOSTS
 
 from ar_cli.output import json_option, print_records
 from ar_cli.quiet import hush
+from ar_schemes import HOSTS
 
 if TYPE_CHECKING:
     from ar_schemes import PluginRecord

@@ -15,9 +15,10 @@ from ar_cli.quiet import hush
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import nn
+
     from ar_export import VerifyReport
     from ar_kernels import QuantizedWeight
-    from torch import nn
 
 
 @click.command()
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 @click.option("--lr", type=float, help="First step of the rounding offsets.")
 @click.option("--minmax-lr", type=float, help="First step of the scale factors.")
 @click.option("--seed", type=int, help="Of the order of the calibration data.")
-@click.option("--dataset", help="File (.txt .json .jsonl .parquet) or name; default: embedded text.")
+@click.option(
+    "--dataset", help="File (.txt .json .jsonl .parquet) or name; default: embedded text."
+)
 @click.option("--device", "device_map", help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", "model_dtype", help="Type to compute in; default: as stored.")
 @click.option("--max-shard-size", help="5GB, 500MB, ...")
@@ -103,9 +106,7 @@ def quantize_one(  # noqa: PLR0913
         seen[event.kind] = event
         show(event)
 
-    def check(
-        path: Path, weight_of: Callable[[str], QuantizedWeight], tuned: nn.Module
-    ) -> None:
+    def check(path: Path, weight_of: Callable[[str], QuantizedWeight], tuned: nn.Module) -> None:
         reports.append(verify(path, expected=weight_of, against=tuned))
 
     job = AutoRound(model, scheme=scheme, dataset=dataset, on_event=listen, **settings)
@@ -156,4 +157,3 @@ def next_commands(path: Path) -> None:
     click.echo(f"\nNext:\n  ar eval {path} --against MODEL")
     click.echo(f"  ar generate {path} --prompt 'Once upon a time'")
     click.echo(f"  vllm serve {path}")
-

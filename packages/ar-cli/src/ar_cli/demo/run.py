@@ -54,9 +54,8 @@ def run_demo(  # noqa: PLR0913
 
 
 def _scores(candidates: dict[str, Path]) -> list[dict[str, Any]]:
-    from ar_tuner.evaluate import compare, windows
-
     from ar_cli.opening import open_model, open_tokenizer
+    from ar_tuner.evaluate import compare, windows
 
     ids = windows(open_tokenizer(MODEL), TEXT.read_text(encoding="utf-8"), seqlen=256, tokens=40960)
     reference = open_model(MODEL, "float32")

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ar_export.errors import ExportError
+from ar_export.formats.base import LayerEntry
 from ar_kernels import KernelError, layout
 from ar_kernels.hf.config import parse
 from ar_schemes import SchemeError, unknown_name
-
-from ar_export.errors import ExportError
-from ar_export.formats.base import LayerEntry
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     import torch
-    from ar_kernels import QuantizedWeight
-    from ar_schemes import LayerPlan, Scheme
     from torch import Tensor
 
     from ar_export.formats.base import Request
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import LayerPlan, Scheme
 
 _SKIPPED = {"bits": 16, "data_type": "fp"}
 _WORD = 32

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import Tensor
+
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan, Scheme
-    from torch import Tensor
 
 
 class Request(Protocol):

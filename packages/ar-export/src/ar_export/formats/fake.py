@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     import torch
-    from ar_kernels import QuantizedWeight
-    from ar_schemes import Scheme
     from torch import Tensor
 
     from ar_export.formats.base import LayerEntry, Request
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import Scheme
 
 
 class FakeFormat:

@@ -27,7 +27,7 @@ class Dense:
 
     name = "dense"
     priority = 10
-    status = "verified on cpu; any device"
+    status = "verified on cpu, untried elsewhere"
     keeps_codes = False
 
     def missing(self) -> str | None:

@@ -28,7 +28,7 @@ class Reference:
 
     name = "reference"
     priority = 0
-    status = "verified on cpu; any device"
+    status = "verified on cpu, untried elsewhere"
     keeps_codes = True
 
     def missing(self) -> str | None:

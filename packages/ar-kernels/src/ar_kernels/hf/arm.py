@@ -57,9 +57,7 @@ def torch_is_starting() -> bool:
 def _policy() -> str:
     found = os.environ.get("AR_KERNELS_TAKEOVER", "auto").strip().lower() or "auto"
     if found not in POLICIES:
-        _log.warning(
-            "AR_KERNELS_TAKEOVER=%s is none of %s; using auto", found, ", ".join(POLICIES)
-        )
+        _log.warning("AR_KERNELS_TAKEOVER=%s is none of %s; using auto", found, ", ".join(POLICIES))
         return "auto"
     return found
 

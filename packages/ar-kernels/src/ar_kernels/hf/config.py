@@ -9,10 +9,9 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ar_schemes import FIELDS, Scheme, scheme_from_dict, unknown_name
-
 from ar_kernels import registry
 from ar_kernels.weight import KernelError
+from ar_schemes import FIELDS, Scheme, scheme_from_dict, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""The quantizer that transformers calls while it loads a checkpoint. Imported after transformers."""
+"""The quantizer that transformers calls while it loads a checkpoint."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from ar_tuner.walk import hidden
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from ar_kernels import QuantizedWeight
-    from ar_schemes import Scheme
     from torch import Tensor, nn
 
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import Scheme
     from ar_tuner.blocks import WeightRef
     from ar_tuner.rows import RowBank
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
     from ar_tuner.algorithms.base import BlockTask
@@ -22,7 +24,7 @@ def input_energy(task: BlockTask) -> dict[str, Tensor]:
     counts: dict[str, int] = {}
     handles = []
 
-    def watch(layer: str) -> object:
+    def watch(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG001
             x = args[0].detach().float().reshape(-1, args[0].shape[-1])
             sums[layer] = sums.get(layer, 0.0) + x.square().sum(0)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ar_kernels import data_type
-
 from ar_tuner.algorithms.base import BlockResult
 
 if TYPE_CHECKING:
-    from ar_kernels import QuantizedWeight
     from torch import Tensor
 
+    from ar_kernels import QuantizedWeight
     from ar_tuner.algorithms.base import BlockTask, Target
 
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from ar_kernels import data_type
-from ar_kernels.numerics import Params
 
+from ar_kernels import data_type
 from ar_tuner.algorithms.base import BlockResult, BlockTask, Target, TuneSettings, as_parameter
 from ar_tuner.algorithms.importance import input_energy
 from ar_tuner.algorithms.rtn import nearest
@@ -21,8 +20,10 @@ from ar_tuner.algorithms.rtn import nearest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ar_kernels import QuantizedWeight
     from torch import Tensor
+
+    from ar_kernels import QuantizedWeight
+    from ar_kernels.numerics import Params
 
 JUDGED_ROWS = 32
 """Rows on which the error before and after tuning is reported."""

@@ -43,9 +43,7 @@ def pack(
         ids = tokenize(text)
         if len(ids) >= seqlen:
             whole.append(ids[:seqlen])
-            windows += [
-                ids[i : i + seqlen] for i in range(seqlen, len(ids) - seqlen + 1, seqlen)
-            ]
+            windows += [ids[i : i + seqlen] for i in range(seqlen, len(ids) - seqlen + 1, seqlen)]
             if len(whole) == rows:
                 return Packed(whole, rows, 0, 0)
         elif ids:

@@ -120,9 +120,7 @@ def _from_texts(
             f"than seqlen {seqlen} tokens. Give more text or a smaller seqlen."
         )
         raise TunerError(msg)
-    report = CalibrationReport(
-        nsamples, len(packed.rows), seqlen, packed.packed, packed.further
-    )
+    report = CalibrationReport(nsamples, len(packed.rows), seqlen, packed.packed, packed.further)
     return torch.tensor(packed.rows, dtype=torch.int64), report
 
 
@@ -138,8 +136,7 @@ def _from_tokens(
             raise TunerError(msg) from error
         if ids.is_floating_point() or ids.ndim not in (1, 2):
             msg = (
-                f"token ids must be whole numbers [T] or [N, T], not {ids.dtype} "
-                f"{list(ids.shape)}"
+                f"token ids must be whole numbers [T] or [N, T], not {ids.dtype} {list(ids.shape)}"
             )
             raise TunerError(msg)
         rows += list(ids.reshape(-1, ids.shape[-1]).to(torch.int64))

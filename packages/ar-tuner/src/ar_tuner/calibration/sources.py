@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ar_schemes import unknown_name
-
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:

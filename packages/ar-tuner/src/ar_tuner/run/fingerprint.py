@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ar_schemes import LayerPlan
     from torch import Tensor, nn
+
+    from ar_schemes import LayerPlan
 
 _SAMPLES = 64
 
@@ -33,9 +34,7 @@ def fingerprint(
     tensor in memory, its shape and a sample of its values: reading every byte of a large model
     again would cost more than it protects from.
     """
-    layers = [
-        [r.layer.name, r.layer.rows, r.layer.columns, r.scheme.to_dict()] for r in plan.rows
-    ]
+    layers = [[r.layer.name, r.layer.rows, r.layer.columns, r.scheme.to_dict()] for r in plan.rows]
     parts: dict[str, Any] = {
         "settings": dict(settings),
         "plan": layers,

@@ -19,11 +19,11 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from ar_kernels import QuantizedWeight
-from ar_schemes import TensorSpec
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ar_kernels import QuantizedWeight
+from ar_schemes import TensorSpec
 from ar_tuner.errors import TunerError
 from ar_tuner.run.lock import RunLock
 
