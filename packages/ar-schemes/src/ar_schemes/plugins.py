@@ -19,6 +19,7 @@ from ar_schemes.errors import PluginError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from types import ModuleType
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class PluginHost:
     def __init__(
         self,
         project: str,
-        specs: object,
+        specs: ModuleType | type,
         *,
         builtins: Mapping[str, object],
         env: Mapping[str, str] = os.environ,

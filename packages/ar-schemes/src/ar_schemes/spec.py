@@ -159,7 +159,7 @@ class TensorSpec:
         if self.bits >= 16:
             return 16.0
         groups_r, groups_c = self.granularity.scale_shape(rows, columns)
-        per_group = _SCALE_BITS.get(self.scale_dtype, 16)
+        per_group: float = _SCALE_BITS.get(self.scale_dtype, 16)
         if self.super_group is not None:
             values = 1 if self.symmetric else 2
             per_group = values * (self.super_group.bits + 16 / self.super_group.size)

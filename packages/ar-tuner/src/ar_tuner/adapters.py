@@ -79,7 +79,8 @@ class GenericAdapter:
         for pattern, reason in _KEEP:
             if pattern.search(name):
                 return reason
-        if module.weight.ndim == 2 and min(module.weight.shape) == 1:
+        weight = module.weight
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and min(weight.shape) == 1:
             return "single output: a gate"
         return None
 

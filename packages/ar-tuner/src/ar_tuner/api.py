@@ -195,7 +195,7 @@ class AutoRound:
 
 
 def _check_computable(plan: LayerPlan) -> None:
-    from ar_kernels import data_type
+    from ar_kernels import data_types
 
     if not plan.quantized:
         msg = f"scheme {plan.default.name} quantizes no layer of this model: see `ar plan`"
@@ -203,7 +203,9 @@ def _check_computable(plan: LayerPlan) -> None:
     for row in plan.quantized:
         spec = row.scheme.weight
         assert spec is not None
-        why = data_type(spec.data_type).refuses(spec)
+        kind = data_types().get(spec.data_type)
+        why = f"no installed package knows the data type {spec.data_type!r}"
+        why = why if kind is None else kind.refuses(spec)
         if why is None and row.scheme.activation is not None:
             why = "this version does not quantize activations"
         if why is not None:

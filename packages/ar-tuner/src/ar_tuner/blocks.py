@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ar_schemes import LayerInfo
@@ -98,9 +99,10 @@ def layers_of(model: nn.Module, discovery: Discovery, adapter: ModelAdapter) -> 
             yield LayerInfo(name, rows, columns, None, role="embedding")
         elif is_linear(module):
             rows, columns = linear_shape(module)
+            weight = weight_of(module)
             if module is head:
-                tied = embedding is not None and module.weight is embedding.weight
-                tied = tied or (module.weight.is_meta and _says_tied(model))
+                tied = embedding is not None and weight is embedding.weight
+                tied = tied or (weight.is_meta and _says_tied(model))
                 yield LayerInfo(name, rows, columns, None, role="lm_head", tied=tied)
                 continue
             router = adapter.is_router(name, module)
@@ -128,9 +130,16 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight of a linear layer or an embedding, as stored."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Return (O, I) of a linear layer."""
-    first, second = module.weight.shape
+    first, second = weight_of(module).shape
     return (first, second) if isinstance(module, nn.Linear) else (second, first)
 
 
@@ -169,7 +178,7 @@ def _discover(model: nn.Module, adapter: ModelAdapter) -> tuple[str, ...]:
     if inside < COVERAGE * (inside + outside):
         listing = ", ".join(f"{f[0]} ({f[2]} weights)" for f in found)
         msg = (
-            f"cannot tell which lists hold the decoder blocks: {listing}. Name them with blocks=..."
+            f"cannot tell which lists hold the decoder blocks: {listing}. Name them with to_quant_block_names."
         )
         raise TunerError(msg)
     return tuple(f[0] for f in chosen)

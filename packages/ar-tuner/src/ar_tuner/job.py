@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ar_tuner import events
 from ar_tuner.algorithms.base import Target, TuneSettings
 from ar_tuner.algorithms.rtn import nearest
-from ar_tuner.blocks import WeightRef, is_linear
+from ar_tuner.blocks import WeightRef, is_linear, weight_of
 from ar_tuner.errors import TunerError
 from ar_tuner.names import map_names, source_files, source_tensors
 from ar_tuner.pipeline import Job, install, quantize_blocks
@@ -245,12 +245,12 @@ def _outside(prepared: Prepared) -> Iterator[tuple[str, QuantizedWeight]]:
             if not is_linear(module):
                 msg = f"{row.layer.name}: only linear layers can be quantized outside the blocks"
                 raise TunerError(msg)
-            yield row.layer.name, nearest(Target(ref, row.scheme), module.weight)
+            yield row.layer.name, nearest(Target(ref, row.scheme), weight_of(module))
 
 
 def _install_outside(model: nn.Module, name: str, weight: QuantizedWeight) -> None:
     module = model.get_submodule(name)
-    install(module, {"weight": weight.dequantize().to(module.weight.dtype)})
+    install(module, {"weight": weight.dequantize().to(weight_of(module).dtype)})
 
 
 def _source_names(request: AutoRound, prepared: Prepared) -> dict[str, str]:
@@ -302,7 +302,8 @@ def _sink_request(
     if request.source is not None:
         config = json.loads((request.source / "config.json").read_text(encoding="utf-8"))
     elif request.given is not None:
-        config = json.loads(json.dumps(request.given.config.to_dict(), default=str))
+        described: Any = request.given.config
+        config = json.loads(json.dumps(described.to_dict(), default=str))
         config["architectures"] = [type(request.given).__name__]
     return SinkRequest(
         format=format,

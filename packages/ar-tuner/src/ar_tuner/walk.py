@@ -146,7 +146,7 @@ def suspended(
     own = ["forward" in block.__dict__ for block in blocks]
     try:
         for index, block in enumerate(blocks):
-            block.forward = patched(index)  # type: ignore[method-assign]
+            block.forward = patched(index)
         for batch in batches:
             holder: list[Frame] = []
             holder.append(Frame(runner(batch, holder)))
@@ -158,7 +158,7 @@ def suspended(
             frame.close()
         for block, original, had in zip(blocks, originals, own, strict=True):
             if had:
-                block.forward = original  # type: ignore[method-assign]
+                block.forward = original
             else:
                 del block.forward
 

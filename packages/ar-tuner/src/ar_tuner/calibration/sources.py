@@ -62,7 +62,7 @@ def texts_of(
         )
         raise TunerError(unknown_name("calibration dataset", name, known, hint=hint))
     wanted = int(options["num"]) if "num" in options else None
-    out = []
+    out: list[str] = []
     for text in texts:
         if wanted is not None and len(out) == wanted:
             break
