@@ -114,7 +114,8 @@ def _run(
     return result
 
 
-def _score(args: argparse.Namespace, candidate: Path) -> dict[str, float]:
+def _score(args: argparse.Namespace, out: Path) -> dict[str, float]:
+    candidate = next(out.rglob("config.json")).parent  # the reference adds a folder for some
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
