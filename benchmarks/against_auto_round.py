@@ -6,7 +6,8 @@
 The venv of `--peer-python` holds auto-round (`pip install torch==2.13.0`, then
 `pip install auto-round==0.16.1`). Each quantization runs in a process of its own, ours and theirs
 in turn, so that a busy machine is busy for both; seconds are those of `quantize_and_save` (models
-are loaded before on their side, and loading is part of ours). Checkpoints of both are opened by
+are loaded before on their side, and loading is part of ours). Peak memory is the high-water mark
+of the process (VmHWM; ru_maxrss would start at the parent's). Checkpoints of both are opened by
 transformers with ar-kernels and scored against the float model on held-out text.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = """
-import json, resource, sys, time
+import json, re, sys, time
 from ar_tuner import AutoRound
 a = json.loads(sys.argv[1])
 began = time.perf_counter()
@@ -30,11 +31,11 @@ job = AutoRound(a["model"], scheme=a["scheme"], dataset=a["calibration"], recipe
                 **({"iters": a["iters"]} if a["recipe"] != "rtn" else {}))
 job.quantize_and_save(a["out"], format="auto_round")
 print(json.dumps({"seconds": time.perf_counter() - began,
-                  "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
+                  "peak": int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024}))
 """
 
 THEIRS = """
-import json, resource, sys, time
+import json, re, sys, time
 from auto_round import AutoRound
 a = json.loads(sys.argv[1])
 rtn = {"iters": 0, "disable_opt_rtn": True} if a["recipe"] == "rtn" else {"iters": a["iters"]}
@@ -43,7 +44,7 @@ job = AutoRound(a["model"], scheme=a["scheme"], dataset=a["calibration"], nsampl
 began = time.perf_counter()
 job.quantize_and_save(a["out"], format="auto_round")
 print(json.dumps({"seconds": time.perf_counter() - began,
-                  "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
+                  "peak": int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024}))
 """
 
 

@@ -1,0 +1,1 @@
+"""A whole plugin for ar: a scheme, an algorithm and a command."""
