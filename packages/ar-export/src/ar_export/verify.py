@@ -136,7 +136,9 @@ def _fused(found: Checkpoint) -> Iterator[Finding]:
             head, _, tail = name.rpartition(".")
             if tail != members[0]:
                 continue
-            mates = [found.quantized.get(f"{head}.{m}") for m in members]
+            there = [f"{head}.{m}" for m in members]
+            there = [n for n in there if n in found.quantized or f"{n}.weight" in found.files]
+            mates = [found.quantized.get(n) for n in there]
             unlike = {None if m is None else m.scheme.weight for m in mates}
             if len(unlike) > 1:
                 what = f"{', '.join(members)} differ; vLLM and SGLang fuse them and will refuse"

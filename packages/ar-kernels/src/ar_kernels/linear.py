@@ -132,10 +132,7 @@ class QuantLinear(nn.Module):
                 order than that of the input (GPTQ with `desc_act`).
         """
         packed = {suffix: self._buffer(suffix) for suffix in self._facts}
-        weight = registry.layout(self.layout).unpack(packed, self.spec, self.rows, self.columns)
-        if "g_idx" in packed:
-            self._check_order(packed["g_idx"], weight.scale.shape[-1])
-        return weight
+        return registry.layout(self.layout).unpack(packed, self.spec, self.rows, self.columns)
 
     def prepare(self, prefer: str | None = None) -> None:
         """Choose a backend and pack the weight for it.
@@ -191,16 +188,6 @@ class QuantLinear(nn.Module):
         found = self._buffers[name]
         assert found is not None
         return found
-
-    def _check_order(self, g_idx: Tensor, groups: int) -> None:
-        expected = torch.arange(self.columns, device=g_idx.device) // (self.columns // groups)
-        if not torch.equal(g_idx.long(), expected):
-            msg = (
-                f"layer of {self.rows} x {self.columns}: g_idx does not ascend in steps of "
-                f"{self.columns // groups} channels. The checkpoint was made with activation "
-                "order (desc_act), which no kernel here computes; quantize without it"
-            )
-            raise KernelError(msg)
 
     def _release(self) -> None:
         for name in self._ready:

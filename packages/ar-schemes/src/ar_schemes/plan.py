@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +14,7 @@ from ar_schemes.scheme import Scheme
 from ar_schemes.spec import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
 Role = Literal["linear", "experts", "router", "lm_head", "embedding"]
 FLOAT = Scheme(name="BF16")
@@ -96,11 +98,16 @@ class LayerPlan:
     default: Scheme
 
     def __getitem__(self, name: str) -> PlanRow:
-        """Return the row of a layer name."""
-        for row in self.rows:
-            if row.layer.name == name:
-                return row
-        raise KeyError(name)
+        """Return the row of a layer name.
+
+        Raises:
+            KeyError: no such layer.
+        """
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, PlanRow]:
+        return {row.layer.name: row for row in self.rows}
 
     @property
     def quantized(self) -> tuple[PlanRow, ...]:
@@ -130,18 +137,19 @@ def make_plan(layers: Iterable[LayerInfo], rules: LayerRules) -> LayerPlan:
     The last matching rule of `layer_config` wins, an exact name over any pattern.
 
     Raises:
-        SchemeError: a rule that matches nothing, or layers whose group size does not divide
-            (all of them in one message).
+        SchemeError: a rule that matches nothing or names no possible scheme, or layers whose
+            group size does not divide (all of them in one message).
     """
     layers = list(layers)
     _check_rules_match(layers, rules)
-    rows = tuple(_row(layer, rules) for layer in layers)
+    chosen = {p: _from_rule(p, rule, rules.scheme) for p, rule in rules.layer_config.items()}
+    rows = tuple(_row(layer, rules, chosen) for layer in layers)
     _check_divides(rows)
     return LayerPlan(rows=rows, default=rules.scheme)
 
 
-def _row(layer: LayerInfo, rules: LayerRules) -> PlanRow:
-    wanted, reason = _wanted(layer, rules)
+def _row(layer: LayerInfo, rules: LayerRules, chosen: Mapping[str, Scheme]) -> PlanRow:
+    wanted, reason = _wanted(layer, rules, chosen)
     if wanted.weight is None:
         return PlanRow(layer, FLOAT, reason)
     if layer.tied:
@@ -156,13 +164,15 @@ def _row(layer: LayerInfo, rules: LayerRules) -> PlanRow:
     return PlanRow(layer, wanted, reason)
 
 
-def _wanted(layer: LayerInfo, rules: LayerRules) -> tuple[Scheme, str]:
+def _wanted(
+    layer: LayerInfo, rules: LayerRules, chosen: Mapping[str, Scheme]
+) -> tuple[Scheme, str]:
     ignored = next((p for p in rules.ignore_layers if matches(p, layer.name)), None)
     if ignored is not None:
         return FLOAT, f"ignore_layers {ignored!r}"
-    for pattern in reversed(_ordered(rules.layer_config, layer.name)):
-        chosen = _from_rule(rules.layer_config[pattern], rules.scheme)
-        return chosen, f"layer_config {pattern!r}"
+    pattern = _last_match(chosen, layer.name)
+    if pattern is not None:
+        return chosen[pattern], f"layer_config {pattern!r}"
     if layer.keep is not None:
         return FLOAT, layer.keep
     if layer.role == "lm_head" and not rules.quant_lm_head:
@@ -179,16 +189,27 @@ def _wanted(layer: LayerInfo, rules: LayerRules) -> tuple[Scheme, str]:
     return rules.scheme, "scheme"
 
 
-def _ordered(config: Mapping[str, Any], name: str) -> list[str]:
-    hits = [p for p in config if p != name and matches(p, name)]
-    return hits + [name] if name in config else hits
+def _last_match(patterns: Iterable[str], name: str) -> str | None:
+    hits = [p for p in patterns if matches(p, name)]
+    return name if name in hits else hits[-1] if hits else None
 
 
-def _from_rule(value: str | Scheme | Mapping[str, Any], default: Scheme) -> Scheme:
-    if isinstance(value, (str, Scheme)):
-        return find_scheme(value)
-    base = default if default.weight is not None else find_scheme("W4A16")
-    return base.with_overrides(value)
+def _from_rule(pattern: str, rule: object, default: Scheme) -> Scheme:
+    """Return the scheme of one entry of `layer_config`, with the entry named in any error."""
+    try:
+        if isinstance(rule, (str, Scheme)):
+            return find_scheme(rule)
+        if isinstance(rule, Mapping):
+            base = default if default.weight is not None else find_scheme("W4A16")
+            return base.with_overrides(rule)
+    except SchemeError as error:
+        msg = f"layer_config {pattern!r}: {error}"
+        raise SchemeError(msg) from error
+    msg = (
+        f"layer_config {pattern!r}: {rule!r} is no scheme; use a preset name, a dict such as "
+        '{"bits": 8}, or a Scheme'
+    )
+    raise SchemeError(msg)
 
 
 _REGEX = re.compile(r"[*+?^$()\[\]{}|\\]")

@@ -25,8 +25,16 @@ FIELDS = (
     "super_group_size",
 )
 """Keys of the flat form of a scheme: those of checkpoint configs and of `layer_config`."""
+FLOAT_BITS = 16
+"""From this width on, a tensor keeps its source type."""
 
-_DEFAULT_SCALE = {"mx_fp": "e8m0", "mx_int": "e8m0", "nv_fp": "float8_e4m3fn", "fp": "float32"}
+_DEFAULT_SCALE = {
+    "mx_fp": "e8m0",
+    "mx_int": "e8m0",
+    "nv_fp": "float8_e4m3fn",
+    "nvfp4_v2": "ue5m3",
+    "fp": "float32",
+}
 
 
 @dataclass(frozen=True)
@@ -79,10 +87,13 @@ class Scheme:
     def with_overrides(self, overrides: Mapping[str, Any]) -> Scheme:
         """Return the scheme with fields of its flat form replaced, renamed when something changed.
 
+        `bits` of 16 or more give the float scheme.
+
         Raises:
-            SchemeError: an unknown key, or a preset whose numbers a file format fixes.
+            SchemeError: an unknown key, a value out of range, a preset whose numbers a file
+                format fixes, or a float scheme without new `bits`.
         """
-        given = {k: v for k, v in overrides.items() if v is not None}
+        given = _checked(overrides)
         if not given:
             return self
         if self.fixed:
@@ -91,9 +102,16 @@ class Scheme:
                 f"{', '.join(sorted(given))} cannot be changed. Choose another preset instead."
             )
             raise SchemeError(msg)
-        if int(given.get("bits", 0)) >= 16:
+        if self.weight is None and "bits" not in given:
+            msg = (
+                f"scheme {self.name} keeps the weight in 16 bit, so {', '.join(sorted(given))} "
+                "cannot be changed. Give bits too, or choose another scheme."
+            )
+            raise SchemeError(msg)
+        if given.get("bits", 0) >= FLOAT_BITS:
             return Scheme(name="BF16")
-        changed = scheme_from_dict({**self.to_dict(), **given}, name=self.name)
+        base = {} if self.weight is None else self.to_dict()
+        changed = scheme_from_dict({**base, **given}, name=self.name)
         same = changed.weight == self.weight and changed.activation == self.activation
         return self if same else replace(changed, name=describe(changed), roles=self.roles)
 
@@ -117,53 +135,76 @@ def describe(scheme: Scheme) -> str:
 def scheme_from_dict(flat: Mapping[str, Any], *, name: str | None = None) -> Scheme:
     """Return the scheme for a flat form; missing keys get the defaults of `W4A16`.
 
-    Activation keys left out follow the weight's, and 16 activation bits mean none.
+    A key whose value is None counts as missing. Activation keys left out follow the weight's,
+    and 16 activation bits mean none.
 
     Raises:
         SchemeError: an unknown key or a value out of range.
     """
-    for key in flat:
-        if key not in FIELDS:
-            raise SchemeError(unknown_name("scheme key", str(key), FIELDS))
-    if _integer(flat.get("bits", 4), "bits") >= 16:
+    given = _checked(flat)
+    bits = given.get("bits", 4)
+    if bits >= FLOAT_BITS:
         return Scheme(name=name or "BF16")
-    data_type = str(flat.get("data_type", "int"))
-    super_group = None
-    if flat.get("super_bits") is not None:
-        super_group = SuperGroup(int(flat["super_group_size"]), int(flat["super_bits"]))
+    data_type = given.get("data_type", "int")
     weight = TensorSpec(
         data_type=data_type,
-        bits=_integer(flat.get("bits", 4), "bits"),
-        granularity=Granularity.from_group_size(flat.get("group_size", 128)),
-        symmetric=bool(flat.get("sym", True)),
+        bits=bits,
+        granularity=Granularity.from_group_size(given.get("group_size", 128)),
+        symmetric=given.get("sym", True),
         scale_dtype=_DEFAULT_SCALE.get(data_type, "float16"),
-        super_group=super_group,
+        super_group=_super_group(given),
     )
-    scheme = Scheme(name=name or "", weight=weight, activation=_activation(flat, weight))
+    scheme = Scheme(name=name or "", weight=weight, activation=_activation(given, weight))
     return scheme if name else replace(scheme, name=describe(scheme))
 
 
+def _super_group(given: Mapping[str, Any]) -> SuperGroup | None:
+    keys = ("super_group_size", "super_bits")
+    found = [k for k in keys if k in given]
+    if not found:
+        return None
+    if len(found) < len(keys):
+        msg = f"{found[0]} needs the other one too: give both {' and '.join(keys)}"
+        raise SchemeError(msg)
+    return SuperGroup(given["super_group_size"], given["super_bits"])
+
+
 def _activation(flat: Mapping[str, Any], weight: TensorSpec) -> TensorSpec | None:
-    bits = flat.get("act_bits")
-    if bits is None or int(bits) >= 16:
+    bits = flat.get("act_bits", FLOAT_BITS)
+    if bits >= FLOAT_BITS:
         return None
     size = flat.get("act_group_size")
     granularity = weight.granularity if size is None else Granularity.from_group_size(size)
     if granularity.span is Span.CHANNEL:
         granularity = Granularity(Span.TOKEN)
-    symmetric, dynamic = flat.get("act_sym"), flat.get("act_dynamic")
     return TensorSpec(
-        data_type=str(flat.get("act_data_type") or weight.data_type),
-        bits=int(bits),
+        data_type=flat.get("act_data_type", weight.data_type),
+        bits=bits,
         granularity=granularity,
-        symmetric=weight.symmetric if symmetric is None else bool(symmetric),
-        dynamic=True if dynamic is None else bool(dynamic),
+        symmetric=flat.get("act_sym", weight.symmetric),
+        dynamic=flat.get("act_dynamic", True),
         scale_dtype=weight.scale_dtype,
     )
 
 
-def _integer(value: object, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"{key} {value!r} is not allowed: use a whole number"
-        raise SchemeError(msg)
-    return value
+_KINDS: tuple[tuple[type, tuple[str, ...], str], ...] = (
+    (int, ("bits", "act_bits", "super_bits", "super_group_size"), "a whole number above 0"),
+    (bool, ("sym", "act_sym", "act_dynamic"), "true or false"),
+    (str, ("data_type", "act_data_type"), "the name of a data type"),
+)
+
+
+def _checked(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flat form without missing values, after checking keys and kinds of values."""
+    for key in flat:
+        if key not in FIELDS:
+            raise SchemeError(unknown_name("scheme key", str(key), FIELDS))
+    given = {k: v for k, v in flat.items() if v is not None}
+    for kind, keys, allowed in _KINDS:
+        for key in keys:
+            value = given.get(key, kind(1))
+            wrong = isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind)
+            if wrong or (kind is int and value < 1):
+                msg = f"{key} {value!r} is not allowed: use {allowed}"
+                raise SchemeError(msg)
+    return given

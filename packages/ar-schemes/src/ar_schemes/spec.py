@@ -22,6 +22,10 @@ class Span(StrEnum):
     TOKEN = "token"
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 @dataclass(frozen=True)
 class Granularity:
     """The region of a tensor that shares one scale.
@@ -36,7 +40,7 @@ class Granularity:
 
     def __post_init__(self) -> None:
         expected = {Span.GROUP: 1, Span.TILE: 2}.get(self.span, 0)
-        if len(self.size) != expected or any(n < 1 for n in self.size):
+        if len(self.size) != expected or any(not _is_count(n) for n in self.size):
             msg = (
                 f"granularity {self.span}: size {self.size} is wrong; "
                 f"{expected} positive number(s) are needed"
@@ -47,7 +51,7 @@ class Granularity:
     def from_group_size(cls, value: int | list[int] | tuple[int, ...]) -> Granularity:
         """Return the granularity that a file's `group_size` stands for (-1 channel, 0 tensor)."""
         if isinstance(value, (list, tuple)):
-            return cls(Span.TILE, tuple(int(v) for v in value))
+            return cls(Span.TILE, tuple(value))
         if isinstance(value, bool) or not isinstance(value, int) or value < -1:
             msg = (
                 f"group size {value!r} is not allowed: use a positive number, -1 (one scale per "
@@ -172,4 +176,11 @@ class TensorSpec:
         return f"{self.data_type}{self.bits} {self.granularity}{sym}"
 
 
-_SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "e8m0": 8}
+_SCALE_BITS = {
+    "float32": 32,
+    "float16": 16,
+    "bfloat16": 16,
+    "float8_e4m3fn": 8,
+    "ue5m3": 8,
+    "e8m0": 8,
+}

@@ -13,7 +13,7 @@ from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -46,7 +46,11 @@ def arm(explicit: bool = True) -> None:
     if _is_ready(_HOME):
         _register(all_methods)
         return
-    sys.meta_path.insert(0, _Watch(lambda: _register(all_methods)))
+    for finder in sys.meta_path:
+        if getattr(finder, "watches", None) == _HOME:  # ours, from an earlier call
+            finder.all_methods = all_methods or finder.all_methods  # type: ignore[attr-defined]
+            return
+    sys.meta_path.insert(0, _Watch(all_methods))
 
 
 def torch_is_starting() -> bool:
@@ -73,19 +77,30 @@ def _register(all_methods: bool) -> None:
     methods = [
         method
         for method, packages in STOCK.items()
-        if all_methods or any(importlib.util.find_spec(name) is None for name in packages)
+        if all_methods or not all(_is_installed(name) for name in packages)
     ]
-    if methods:
+    if not methods:
+        return
+    try:
         from ar_kernels.hf import quantizer
+    except ImportError as error:
+        # not a reason to keep this transformers from being imported for other work
+        _log.warning("ar-kernels cannot load checkpoints with this transformers: %s", error)
+        return
+    quantizer.register(methods)
 
-        quantizer.register(methods)
+
+def _is_installed(name: str) -> bool:
+    return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
 class _Watch(MetaPathFinder):
-    """Calls back once, after one of the watched modules has been imported and _HOME is complete."""
+    """Registers once, after a watched module has been imported and _HOME is complete."""
 
-    def __init__(self, then: Callable[[], None]) -> None:
-        self._then = then
+    watches = _HOME
+
+    def __init__(self, all_methods: bool) -> None:
+        self.all_methods = all_methods
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -110,6 +125,6 @@ class _Watch(MetaPathFinder):
             execute(module)
             if self in sys.meta_path and (module.__name__ == _HOME or _is_ready(_HOME)):
                 sys.meta_path.remove(self)
-                self._then()
+                _register(self.all_methods)
 
         loader.exec_module = exec_and_tell  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
 """Read a checkpoint's `quantization_config`: which layer is stored how.
 
-Pure data: no model, no file, no torch.
+Data in, data out: no model, no file.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ class CheckpointConfig:
             if self._in_blocks(names) and (self.head or layer not in heads)
         }
         chosen = {layer: self.default for layer in inside}
+        known = {name for names in layers.values() for name in names}
         for rule in reversed(self.rules):
+            if rule.pattern.pattern in known:  # a layer's name, not a pattern
+                continue
             hit = {layer for layer, names in layers.items() if rule.hits(names)}
             # a pattern speaks of layers outside the blocks only when it hits none inside
             for layer in (hit & inside) or hit:

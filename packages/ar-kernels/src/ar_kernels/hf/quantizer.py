@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+from transformers.utils import quantization_config as stock
 
 from ar_kernels.hf.config import parse
+from ar_kernels.hf.load import layer_formats, stored_layers, stored_shapes
 from ar_kernels.linear import QuantLinear
-from ar_kernels.weight import KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Mapping
+
+_log = logging.getLogger(__name__)
+
+_NO_CHOICE = (None, "", "auto", "auto_trainable")
 
 
-class CheckpointQuantization(QuantizationConfigMixin):
-    """A `quantization_config` kept as it was read, so that saving writes the same."""
+class _AsRead(stock.QuantizationConfigMixin):
+    """A `quantization_config` kept as it was read, so that saving writes the same.
+
+    `backend` is never taken from the file, where it names a kernel of the writer's; transformers
+    sets it when `from_pretrained` is given a config with one.
+    """
 
     def __init__(self, **fields: Any) -> None:
         method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
-        self.fields = {**fields, "quant_method": method}
-        self.quant_method = QuantizationMethod(method)
+        self.fields = {**copy.deepcopy(fields), "quant_method": method}
+        self.quant_method = stock.QuantizationMethod(method)
+        self.backend = "auto"
 
     def __getattr__(self, name: str) -> Any:
         """Return a field of the config, as transformers and engines look at them."""
@@ -36,13 +51,35 @@ class CheckpointQuantization(QuantizationConfigMixin):
             return fields[name]
         raise AttributeError(name)
 
+    @classmethod
+    def from_dict(
+        cls,
+        config_dict: Mapping[str, Any],
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the config of a dict, unchecked: `ar_kernels.hf.config.parse` checks it."""
+        made = cls(**config_dict)
+        return (made, kwargs) if return_unused_kwargs else made
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as they were read."""
-        return dict(self.fields)
+        return copy.deepcopy(self.fields)
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return the fields as they were read."""
-        return self.to_dict()
+
+# transformers compares class names when from_pretrained is given a config of its own, and takes
+# over `backend` between classes it knows, hence the names and bases.
+
+
+class AutoRoundConfig(_AsRead, stock.AutoRoundConfig):  # type: ignore[misc]
+    """A config with `quant_method` auto-round."""
+
+
+class GPTQConfig(_AsRead, stock.GPTQConfig):  # type: ignore[misc]
+    """A config with `quant_method` gptq."""
+
+
+_CONFIGS = {"auto-round": AutoRoundConfig, "gptq": GPTQConfig}
 
 
 class ArQuantizer(HfQuantizer):
@@ -50,46 +87,54 @@ class ArQuantizer(HfQuantizer):
 
     requires_calibration = True  # float models are not quantized while they are loaded
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Read the config; anything we do not know is refused before a file is opened."""
+        self.checkpoint = parse(self.quantization_config.to_dict())
+
     def _process_model_before_weight_loading(
-        self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         """Replace the quantized layers of a model on the meta device by empty `QuantLinear`s."""
-        parsed = parse(self.quantization_config.to_dict())
-        linears = dict(_linears(model))
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
+        }
+        shapes = stored_shapes(checkpoint_files)
+        rename = _Renaming(model)
         head = model.get_output_embeddings()
-        heads = [name for name, module in linears.items() if module is head]
-        chosen = parsed.resolve({name: _aliases(name) for name in linears}, heads)
-        bad: dict[str, str] = {}
-        for name, found in chosen.items():
-            if found.scheme.weight is None:
-                continue
+        formats = layer_formats(
+            self.checkpoint,
+            {name: _shape(module) for name, module in linears.items()},
+            stored=None if shapes is None else stored_layers(shapes, rename, rename.state),
+            heads=[name for name, module in linears.items() if module is head],
+            prefix=model.base_model_prefix,
+        )
+        for name, found in formats.items():
             module = linears[name]
-            rows, columns = _shape(module)
-            try:
-                replacement = QuantLinear(
-                    found.scheme.weight,
-                    rows,
-                    columns,
-                    layout=found.layout,
-                    bias=getattr(module, "bias", None) is not None,
-                    dtype=dtype or model.dtype,
-                    device="meta",
-                )
-            except KernelError as error:
-                bad[name] = str(error)
-                continue
+            assert found.scheme.weight is not None
+            replacement = QuantLinear(
+                found.scheme.weight,
+                *_shape(module),
+                layout=found.layout,
+                bias=getattr(module, "bias", None) is not None,
+                dtype=module.weight.dtype,
+                device="meta",
+            )
             model.set_submodule(name, replacement)
-        if bad:
-            lines = "\n".join(f"  {name}: {why}" for name, why in bad.items())
-            msg = f"{len(bad)} layers of this checkpoint cannot be opened:\n{lines}"
-            raise KernelError(msg)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Choose a backend for every layer and pack its weight."""
+        wanted = getattr(self.quantization_config, "backend", None)
+        prefer = None if wanted in _NO_CHOICE else wanted
+        used: Counter[str] = Counter()
         for module in model.modules():
             if isinstance(module, QuantLinear) and module.device.type != "meta":
-                module.prepare()
+                module.prepare(prefer)
+                used[f"{module.backend} ({module.spec})"] += 1
+        layers = ", ".join(f"{count} layers -> {what}" for what, count in used.items())
+        _log.info("ar-kernels opened the %s checkpoint: %s", self.checkpoint.method, layers)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -118,34 +163,42 @@ def register(methods: Iterable[str]) -> None:
     """Make transformers load these `quant_method`s with us."""
     for method in methods:
         AUTO_QUANTIZER_MAPPING[method] = ArQuantizer
-        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CheckpointQuantization
+        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _CONFIGS[method]
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            yield name, module
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """Return (out features, in features); Conv1D of GPT-2 stores its weight transposed."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    rows, columns = weight.shape
+def _shape(module: Any) -> tuple[int, int]:
+    """Return (out features, in features); Conv1D of GPT-2 holds its weight transposed."""
+    rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
-
-
-def _aliases(name: str) -> tuple[str, ...]:
-    """Return the names a config may use for a layer: with and without the model's own prefix."""
-    return (name, f"model.{name}", name.removeprefix("model."))
 
 
 def _dense(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
     made = nn.Linear(
         module.columns, module.rows, bias=module.bias is not None, device="meta", dtype=dtype
     )
-    weight = module.quantized().dequantize(dtype)
-    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.weight = nn.Parameter(module.quantized().dequantize(dtype), requires_grad=False)
     if module.bias is not None:
         made.bias = nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
     return made
+
+
+class _Renaming:
+    """Keys of files to keys of a model, as transformers renames them while it loads.
+
+    `state` is the model's state dict.
+    """
+
+    def __init__(self, model: Any) -> None:
+        transforms = get_model_conversion_mapping(model) or []
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+        self._prefix = model.base_model_prefix
+        self.state: dict[str, torch.Tensor] = model.state_dict()
+
+    def __call__(self, key: str) -> str:
+        """Return the model's key for a key of the files."""
+        rest = (self._prefix, self.state)
+        found = rename_source_key(key, self._renamings, self._converters, *rest)[0]
+        if found not in self.state and key in self.state:
+            found = rename_source_key(key, [], [], *rest)[0]
+        return str(found)

@@ -1,0 +1,145 @@
+"""Every command through click's runner, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ar_cli
+import pytest
+from ar_cli.main import cli
+from ar_cli.main import run as run_main
+from click.testing import CliRunner, Result
+
+DEMO = Path(ar_cli.__file__).parent / "demo" / "model"
+
+
+def ar(*args: object) -> Result:
+    return CliRunner().invoke(cli, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def rtn(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("rtn") / "out"
+    done = ar("quantize", DEMO, "--recipe", "rtn", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "verified" in done.output
+    return out
+
+
+def test_quantize_prints_facts_as_json(tmp_path) -> None:
+    done = ar("quantize", DEMO, "--recipe", "rtn", "-o", tmp_path / "out", "--json", "--bits", 8)
+    facts = json.loads(done.stdout)
+    assert facts["verified"] is True
+    assert facts["scheme"] == "W8A16G128"
+    assert facts["bytes"] < facts["bytes_before"]
+
+
+def test_plan_joins_blocks_or_lists_every_layer() -> None:
+    joined = ar("plan", DEMO).output
+    assert "model.layers.*.mlp.down_proj" in joined
+    every = ar("plan", DEMO, "--all").output
+    assert "model.layers.3.mlp.down_proj" in every
+    facts = json.loads(ar("plan", DEMO, "--json", "--asym").output)
+    assert facts["quantized"] == 28
+    assert facts["bits_per_weight"] == pytest.approx(4 + 20 / 128)
+
+
+def test_plan_takes_rules(tmp_path) -> None:
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"down_proj": "W8A16"}')
+    for given in (rules, '{"down_proj": "W8A16"}'):
+        facts = json.loads(ar("plan", DEMO, "--json", "--layer-config", given).output)
+        found = {r["name"]: r["scheme"] for r in facts["layers"]}
+        assert found["model.layers.0.mlp.down_proj"] == "W8A16"
+
+
+@pytest.mark.parametrize("text", ["{", "nowhere.json", "[1]"])
+def test_rules_that_are_no_object_are_refused(text, tmp_path) -> None:
+    file = tmp_path / "rules.json"
+    file.write_text("[1]")
+    done = ar("plan", DEMO, "--layer-config", file if text == "[1]" else text)
+    assert done.exit_code == 2
+    assert "--layer-config" in done.output
+
+
+def test_inspect_tells_format_schemes_and_size(rtn) -> None:
+    text = ar("inspect", rtn).output
+    assert "auto_round" in text
+    assert "W4A16G128" in text
+    assert "gptq" in ar("inspect", rtn, "--all").output
+    assert json.loads(ar("inspect", rtn, "--json").output)["layers"][0]["layout"] == "gptq"
+    assert "float" in ar("inspect", DEMO).output
+
+
+def test_verify_ends_with_status_0_or_1(rtn, tmp_path) -> None:
+    assert ar("verify", rtn).exit_code == 0
+    assert "28 compared bit by bit" in ar("verify", rtn, "--against", rtn).output
+    assert json.loads(ar("verify", rtn, "--json").output)["ok"] is True
+    assert "NOT sound" in ar("verify", tmp_path).output
+
+
+def test_eval_measures_against_the_float_model(rtn) -> None:
+    args = ("--tokens", 2048, "--seqlen", 64, "--json")
+    found = json.loads(ar("eval", rtn, "--against", DEMO, *args).output)
+    assert 0 < found["kl"] < 1
+    assert found["top1"] > 0.5
+    alone = json.loads(ar("eval", rtn, *args).output)
+    assert alone["ppl"] == pytest.approx(found["ppl"])
+    assert "perplexity" in ar("eval", rtn, "--tokens", 2048, "--seqlen", 64).output
+
+
+def test_eval_refuses_what_it_cannot_read(rtn, tmp_path) -> None:
+    assert "cannot be read" in ar("eval", rtn, "--text", tmp_path / "no.txt").output
+    assert "--dtype" in ar("eval", rtn, "--dtype", "int8").output
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    assert ar("eval", bare).exit_code == 2
+    short = tmp_path / "short.txt"
+    short.write_text("few words")
+    assert "less than one window" in ar("eval", rtn, "--text", short).output
+
+
+def test_generate_is_greedy_unless_asked(rtn) -> None:
+    args = ("generate", rtn, "--prompt", "Return the", "--max-new-tokens", 6)
+    assert ar(*args).output == ar(*args).output
+    warm = (*args, "--temperature", 1.5, "--seed", 3)
+    assert ar(*warm).output == ar(*warm).output
+
+
+def test_a_chat_without_a_template_is_refused(rtn) -> None:
+    done = ar("generate", rtn, "--prompt", "x", "--chat")
+    assert done.exit_code == 2
+    assert "no chat template" in done.output
+
+
+@pytest.mark.parametrize("command", ["schemes", "formats", "backends", "plugins"])
+def test_a_listing_is_a_table_or_json(command) -> None:
+    assert ar(command).exit_code == 0
+    assert isinstance(json.loads(ar(command, "--json").output), list)
+
+
+def test_doctor_tells_versions_and_the_archiver() -> None:
+    facts = json.loads(ar("doctor", "--json").output)
+    assert facts["torch"]
+    assert "archiver that `ar rcs` gets" in facts
+    assert "no problems found" in ar("doctor").output
+
+
+def test_an_unknown_command_names_the_nearest(capsys) -> None:
+    assert run_main(["quantise"]) == 2
+    assert "Did you mean quantize" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch) -> None:
+    def interrupt(**kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupt)
+    assert run_main(["schemes"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_the_status_of_a_command_is_that_of_the_program(tmp_path) -> None:
+    assert run_main(["verify", str(tmp_path)]) == 1
+    assert run_main(["schemes"]) == 0
