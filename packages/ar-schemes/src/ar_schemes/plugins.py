@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -25,7 +26,11 @@ log = logging.getLogger(__name__)
 
 Status = Literal["ok", "disabled", "failed"]
 HOSTS = ("ar_schemes", "ar_kernels", "ar_tuner", "ar_export", "ar_cli")
+FIRST_PARTY = ("ar-schemes", "ar-kernels", "ar-tuner", "ar-export", "ar-vlm", "ar-cli")
+"""Distributions that `AR_PLUGINS` does not leave out: without them commands would not work."""
 BUILT_IN = "(built in)"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]*")
+"""What a registered object may be called."""
 T = TypeVar("T")
 
 
@@ -50,8 +55,8 @@ class PluginHost:
         project: marker name and entry-point group, say `ar_kernels`.
         specs: module (or namespace) with the hook specifications.
         builtins: name to module of the first-party plugins; they are registered at once.
-        env: where `AR_PLUGINS` (only these), `AR_DISABLED_PLUGINS`, `AR_PLUGINS_STRICT` and
-            `AR_TRACE_HOOKS` are read.
+        env: where `AR_PLUGINS` (of third parties only these), `AR_DISABLED_PLUGINS`,
+            `AR_PLUGINS_STRICT` and `AR_TRACE_HOOKS` are read.
         strict: raise on the first broken plugin; None asks the environment.
         entry_points: replaces the installed entry points (tests, embedders).
     """
@@ -100,10 +105,11 @@ class PluginHost:
         only = _names(self._env.get("AR_PLUGINS"))
         found = self._entry_points
         if found is None:
-            found = metadata.entry_points(group=self.project)
+            found = self._installed()
         for entry in sorted(found, key=lambda e: e.name):
-            dist, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
-            if entry.name in off or (only is not None and entry.name not in only):
+            dist, version = _origin(entry)
+            unlisted = only is not None and entry.name not in only and dist not in FIRST_PARTY
+            if entry.name in off or unlisted:
                 record = PluginRecord(self.project, entry.name, dist, version, "disabled")
                 self._records.setdefault(entry.name, record)
                 continue
@@ -113,6 +119,20 @@ class PluginHost:
                 self._failed(entry.name, dist, version, error)
             else:
                 self._register(entry.name, plugin, dist, version)
+
+    def _installed(self) -> list[metadata.EntryPoint]:
+        """Return the installed entry points of this host; one unreadable file costs only itself."""
+        try:
+            return list(metadata.entry_points(group=self.project))
+        except Exception:  # noqa: BLE001 - a stray line in any distribution's file raises here
+            out: list[metadata.EntryPoint] = []
+        for dist in metadata.distributions():
+            try:
+                out += dist.entry_points.select(group=self.project)
+            except Exception as error:  # noqa: BLE001 - the file at fault
+                name = str(dist.metadata["Name"])
+                self._failed(name, name, dist.version, error)
+        return out
 
     def each(
         self, hook: str, *, builtins_only: bool = False, **kwargs: Any
@@ -200,7 +220,7 @@ class PluginHost:
             return
         try:
             self._pm.register(plugin, name=name)
-            self._refuse_unknown_hooks(name)
+            self._refuse_bad_hooks(name)
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything
             if self._pm.has_plugin(name):  # pluggy up to 1.6 leaves it half registered
                 self._pm.unregister(name=name)
@@ -209,15 +229,29 @@ class PluginHost:
         hooks = tuple(sorted(h.name for h in self._pm.get_hookcallers(plugin) or ()))
         self._records[name] = PluginRecord(self.project, name, dist, version, "ok", hooks)
 
-    def _refuse_unknown_hooks(self, name: str) -> None:
+    def _refuse_bad_hooks(self, name: str) -> None:
+        """Refuse what pluggy would accept in silence: unknown hooks, aliases, defaults."""
         callers = [h for h in vars(self._pm.hook).values() if isinstance(h, pluggy.HookCaller)]
         known = sorted(h.name for h in callers if h.has_spec())
         for caller in callers:
-            if caller.has_spec():
-                continue
-            if any(i.plugin_name == name and not i.optionalhook for i in caller.get_hookimpls()):
-                msg = f"plugin {name}: unknown hook {caller.name!r}; {self.project} knows {known}"
-                raise PluginError(msg)
+            for impl in caller.get_hookimpls():
+                if impl.plugin_name != name:
+                    continue
+                if not caller.has_spec() and not impl.optionalhook:
+                    msg = (
+                        f"plugin {name}: unknown hook {caller.name!r}; "
+                        f"{self.project} knows {', '.join(known)}"
+                    )
+                    raise PluginError(msg)
+                if impl.opts.get("specname"):
+                    msg = f"plugin {name}: name the function {caller.name}, without specname"
+                    raise PluginError(msg)
+                if getattr(impl.function, "__defaults__", None):
+                    msg = (
+                        f"plugin {name}: {caller.name} gives arguments default values, which "
+                        "pluggy passes or not by version; leave the defaults out"
+                    )
+                    raise PluginError(msg)
 
     def _broke(self, name: str, hook: str, error: Exception) -> None:
         error.add_note(f"in hook {hook} of plugin {name}")
@@ -299,6 +333,12 @@ class Registry(Generic[T]):
                 msg = f"{self._hook} of {plugin} returned {item!r}, not a {self._kind.__name__}"
                 raise PluginError(msg)
             name = self._name_of(item)
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                msg = (
+                    f"{self._hook} of {plugin}: the name {name!r} is not allowed; use letters, "
+                    "digits and _ . : + -"
+                )
+                raise PluginError(msg)
             key = name.casefold()
             if key in self._items or key in fresh:
                 owner = self._owner.get(key, plugin)
@@ -312,6 +352,14 @@ class Registry(Generic[T]):
         self._items |= fresh
         self._owner |= dict.fromkeys(fresh, plugin)
         self._host.provided(plugin, [self._name_of(i) for i in fresh.values()])
+
+
+def _origin(entry: metadata.EntryPoint) -> tuple[str, str]:
+    """Return (distribution, version) of an entry point, `?` where its metadata does not say."""
+    if entry.dist is None:
+        return "?", "?"
+    facts = entry.dist.metadata
+    return str(facts["Name"] or "?"), str(facts["Version"] or "?")
 
 
 def _names(text: str | None) -> frozenset[str] | None:

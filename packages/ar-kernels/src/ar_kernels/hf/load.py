@@ -28,7 +28,7 @@ class StoredLayer:
     @property
     def packed(self) -> bool:
         """True when the module is stored as more than a float weight."""
-        return not _DENSE >= self.shapes.keys()
+        return not self.shapes.keys() <= _DENSE
 
 
 def stored_shapes(files: Sequence[str | Path] | None) -> dict[str, tuple[int, ...]] | None:

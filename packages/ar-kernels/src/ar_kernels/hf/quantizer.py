@@ -71,11 +71,11 @@ class _AsRead(stock.QuantizationConfigMixin):
 # over `backend` between classes it knows, hence the names and bases.
 
 
-class AutoRoundConfig(_AsRead, stock.AutoRoundConfig):  # type: ignore[misc]
+class AutoRoundConfig(_AsRead, stock.AutoRoundConfig):
     """A config with `quant_method` auto-round."""
 
 
-class GPTQConfig(_AsRead, stock.GPTQConfig):  # type: ignore[misc]
+class GPTQConfig(_AsRead, stock.GPTQConfig):
     """A config with `quant_method` gptq."""
 
 

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def llama(t: Any) -> Any:
+    return t.LlamaForCausalLM(t.LlamaConfig(**SMALL))
+
+
+def qwen3(t: Any) -> Any:
+    return t.Qwen3ForCausalLM(t.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True))
+
+
+def gemma2(t: Any) -> Any:
+    config = t.Gemma2Config(**SMALL, head_dim=16, sliding_window=8, query_pre_attn_scalar=16)
+    return t.Gemma2ForCausalLM(config)
+
+
+def gpt2(t: Any) -> Any:
+    config = t.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    return t.GPT2LMHeadModel(config)
+
+
+def mamba(t: Any) -> Any:
+    config = t.MambaConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8, intermediate_size=128
+    )
+    return t.MambaForCausalLM(config)
+
+
+MODELS = {"llama": llama, "qwen3": qwen3, "gemma2": gemma2, "gpt2": gpt2, "mamba": mamba}
+
+
+@pytest.fixture
+def model() -> Callable[[str], Any]:
+    """Make a tiny random model by its type's name."""
+
+    def make(kind: str = "llama") -> Any:
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        return MODELS[kind](transformers).eval().requires_grad_(requires_grad=False)
+
+    return make
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    """Token rows [8, 32]."""
+    return torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(1))
