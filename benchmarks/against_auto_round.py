@@ -30,8 +30,9 @@ job = AutoRound(a["model"], scheme=a["scheme"], dataset=a["calibration"], recipe
                 nsamples=a["nsamples"], seqlen=a["seqlen"], batch_size=8, overwrite=True,
                 **({"iters": a["iters"]} if a["recipe"] != "rtn" else {}))
 job.quantize_and_save(a["out"], format="auto_round")
+peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
 print(json.dumps({"seconds": time.perf_counter() - began,
-                  "peak": int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024}))
+                  "peak": int(peak[1]) // 1024}))
 """
 
 THEIRS = """
@@ -43,8 +44,9 @@ job = AutoRound(a["model"], scheme=a["scheme"], dataset=a["calibration"], nsampl
                 seqlen=a["seqlen"], batch_size=8, **rtn)
 began = time.perf_counter()
 job.quantize_and_save(a["out"], format="auto_round")
+peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
 print(json.dumps({"seconds": time.perf_counter() - began,
-                  "peak": int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024}))
+                  "peak": int(peak[1]) // 1024}))
 """
 
 

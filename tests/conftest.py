@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ar_cli
 import pytest
+
+import ar_cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,11 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
 from ar_cli.archiver import is_archiver_call
 from ar_cli.registry import commands
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WRAPPER = """#!{python}
 import sys
@@ -49,7 +53,9 @@ def test_no_command_has_the_form_of_an_archivers_call(name: str) -> None:
     assert not is_archiver_call([name])
 
 
-@pytest.mark.parametrize("args", [["rcs", "x.a"], ["-t"], ["qc"], ["@file"], ["-V"], ["--target=elf"]])
+@pytest.mark.parametrize(
+    "args", [["rcs", "x.a"], ["-t"], ["qc"], ["@file"], ["-V"], ["--target=elf"]]
+)
 def test_an_archivers_call_is_recognised(args: list[str]) -> None:
     assert is_archiver_call(args)
 

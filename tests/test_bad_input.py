@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from ar_cli.main import run as ar_main
 from ar_schemes import ArError
 from ar_tuner import AutoRound

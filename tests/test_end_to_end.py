@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import ar_kernels
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ar_kernels
 from ar_export import open_checkpoint, verify
 from ar_kernels import QuantLinear, equal
 from ar_tuner import AutoRound
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 QUICK = ("--iters", "4", "--nsamples", "16", "--seqlen", "64")
 
@@ -30,9 +34,7 @@ def quantized(tmp_path_factory, demo_model) -> tuple[torch.nn.Module, Path]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.*"))
-    }
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.*"))}
 
 
 def test_the_checkpoint_is_sound(quantized) -> None:

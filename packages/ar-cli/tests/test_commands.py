@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import ar_cli
 import pytest
+from click.testing import CliRunner, Result
+
+import ar_cli
 from ar_cli.main import cli
 from ar_cli.main import run as run_main
-from click.testing import CliRunner, Result
 
 DEMO = Path(ar_cli.__file__).parent / "demo" / "model"
 

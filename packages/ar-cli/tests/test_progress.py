@@ -3,9 +3,11 @@ from __future__ import annotations
 import io
 
 import pytest
+
 from ar_cli.output import duration, print_table, size
 from ar_cli.progress import Progress, describe
-from ar_tuner import events
+
+events = pytest.importorskip("ar_tuner.events")
 
 STARTED = events.RunStarted("out.run", 4, 28, {}, 1)
 DONE = events.BlockDone(0, 4, "b", 0.01, 0.004, 12.0, 2_000_000_000, 40.0)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
 from ar_kernels import data_type
 from ar_schemes import LayerInfo, LayerRules, make_plan, scheme
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ def request_for(tmp_path):
     """Make a request for `tmp_path/out`."""
 
     def ask(name: str = "W4A16", *, rules: dict[str, Any] | None = None, **changes: Any) -> Request:
-        return Request(changes.pop("output", tmp_path / "out"), plan_of(name, **(rules or {})), **changes)
+        return Request(
+            changes.pop("output", tmp_path / "out"), plan_of(name, **(rules or {})), **changes
+        )
 
     return ask
 

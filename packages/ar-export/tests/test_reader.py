@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from ar_export import ExportError, format, formats, open_checkpoint, verify
 from safetensors.torch import load_file, save_file
+
+from ar_export import ExportError, format, formats, open_checkpoint, verify
 
 
 def edit(path, change) -> None:

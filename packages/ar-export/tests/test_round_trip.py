@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from ar_export import open_checkpoint, verify
 from ar_kernels import equal
-from safetensors import safe_open
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from ar_export import ExportError
 from ar_export.sink import ar_open_sink, config_dtype
 from ar_schemes import scheme

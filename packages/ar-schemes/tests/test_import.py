@@ -5,7 +5,9 @@ import sys
 
 
 def test_importing_needs_no_torch() -> None:
-    code = "import sys, ar_schemes; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, ar_schemes; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ar_schemes import LayerInfo, LayerRules, SchemeError, make_plan, matches, scheme
 
 BLOCK = "model.layers.0"
@@ -38,7 +39,11 @@ def test_every_row_has_a_reason() -> None:
 
 def test_a_name_beats_a_pattern_and_the_last_pattern_wins() -> None:
     made = plan(
-        layer_config={f"{BLOCK}.mlp.down_proj": "W8A16", "mlp": {"bits": 2}, r"(gate|down)_proj$": "W3A16"}
+        layer_config={
+            f"{BLOCK}.mlp.down_proj": "W8A16",
+            "mlp": {"bits": 2},
+            r"(gate|down)_proj$": "W3A16",
+        }
     )
     assert made[f"{BLOCK}.mlp.down_proj"].scheme.name == "W8A16"
     assert made[f"{BLOCK}.mlp.gate_proj"].scheme.name == "W3A16"

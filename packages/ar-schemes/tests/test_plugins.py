@@ -6,6 +6,7 @@ from importlib import metadata
 
 import pluggy
 import pytest
+
 from ar_schemes import PluginHost, Registry, hookspecs, scheme
 from ar_schemes.scheme import Scheme
 
@@ -52,7 +53,9 @@ def status(host) -> dict[str, str]:
 
 
 def test_a_plugin_adds_its_names_and_is_recorded(monkeypatch) -> None:
-    host, registry = make([entry("good", module("good_mod", ar_register_schemes=giving("X")), monkeypatch)])
+    host, registry = make(
+        [entry("good", module("good_mod", ar_register_schemes=giving("X")), monkeypatch)]
+    )
     assert set(registry.all()) == {"FIRST", "X"}
     record = next(r for r in host.records if r.name == "good")
     assert record.provides == ("X",)
@@ -81,14 +84,18 @@ def test_a_hook_that_does_not_exist_is_found(monkeypatch) -> None:
     def ar_register_scheme():
         return []
 
-    host, registry = make([entry("typo", module("typo_mod", ar_register_scheme=ar_register_scheme), monkeypatch)])
+    host, registry = make(
+        [entry("typo", module("typo_mod", ar_register_scheme=ar_register_scheme), monkeypatch)]
+    )
     registry.all()
     assert status(host)["typo"] == "failed"
     assert "ar_register_schemes" in str(host.failures[0].error)
 
 
 def test_a_name_that_is_taken_is_refused(monkeypatch) -> None:
-    host, registry = make([entry("thief", module("thief_mod", ar_register_schemes=giving("first")), monkeypatch)])
+    host, registry = make(
+        [entry("thief", module("thief_mod", ar_register_schemes=giving("first")), monkeypatch)]
+    )
     assert set(registry.all()) == {"FIRST"}
     assert "first" in str(host.failures[0].error).lower()
 
@@ -97,7 +104,9 @@ def test_a_result_of_the_wrong_kind_is_refused(monkeypatch) -> None:
     def ar_register_schemes():
         return ["W4A16"]
 
-    host, registry = make([entry("odd", module("odd_mod", ar_register_schemes=ar_register_schemes), monkeypatch)])
+    host, registry = make(
+        [entry("odd", module("odd_mod", ar_register_schemes=ar_register_schemes), monkeypatch)]
+    )
     assert set(registry.all()) == {"FIRST"}
     assert status(host)["odd"] == "failed"
 
@@ -124,7 +133,8 @@ def test_strict_raises_at_once(monkeypatch) -> None:
 )
 def test_the_environment_chooses_the_plugins(monkeypatch, env, loaded) -> None:
     entries = [
-        entry(n, module(f"{n}_mod", ar_register_schemes=giving(n)), monkeypatch) for n in ("one", "two")
+        entry(n, module(f"{n}_mod", ar_register_schemes=giving(n)), monkeypatch)
+        for n in ("one", "two")
     ]
     host, registry = make(entries, env=env)
     assert set(registry.all()) == {"FIRST", *loaded}

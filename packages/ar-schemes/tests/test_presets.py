@@ -1,14 +1,50 @@
 from __future__ import annotations
 
 import pytest
+
 from ar_schemes import schemes
 
-EXPECTED = (
-    "W2A16 W2A16G32 W2A16G64 W3A16 W4A16 W5A16 W6A16 W7A16 W8A16 W4A16_MIXED MXFP4 MXFP4_RCEIL "
-    "MXFP8 MXFP8_RCEIL MXINT4 NVFP4 NVFP4_E5M3 FPW8A16 FP8_STATIC FP8_BLOCK INT8 INT8_W8A8 INT4 "
-    "BF16 GGUF:Q4_0 GGUF:Q4_1 GGUF:Q5_0 GGUF:Q5_1 GGUF:Q8_0 GGUF:Q2_K_S GGUF:Q3_K_S GGUF:Q3_K_M "
-    "GGUF:Q3_K_L GGUF:Q4_K_S GGUF:Q4_K_M GGUF:Q5_K_S GGUF:Q5_K_M GGUF:Q6_K GGUF:Q2_K_MIXED"
-).split()
+EXPECTED = [
+    "W2A16",
+    "W2A16G32",
+    "W2A16G64",
+    "W3A16",
+    "W4A16",
+    "W5A16",
+    "W6A16",
+    "W7A16",
+    "W8A16",
+    "W4A16_MIXED",
+    "MXFP4",
+    "MXFP4_RCEIL",
+    "MXFP8",
+    "MXFP8_RCEIL",
+    "MXINT4",
+    "NVFP4",
+    "NVFP4_E5M3",
+    "FPW8A16",
+    "FP8_STATIC",
+    "FP8_BLOCK",
+    "INT8",
+    "INT8_W8A8",
+    "INT4",
+    "BF16",
+    "GGUF:Q4_0",
+    "GGUF:Q4_1",
+    "GGUF:Q5_0",
+    "GGUF:Q5_1",
+    "GGUF:Q8_0",
+    "GGUF:Q2_K_S",
+    "GGUF:Q3_K_S",
+    "GGUF:Q3_K_M",
+    "GGUF:Q3_K_L",
+    "GGUF:Q4_K_S",
+    "GGUF:Q4_K_M",
+    "GGUF:Q5_K_S",
+    "GGUF:Q5_K_M",
+    "GGUF:Q6_K",
+    "GGUF:Q2_K_MIXED",
+]
 
 
 @pytest.mark.parametrize("name", EXPECTED)

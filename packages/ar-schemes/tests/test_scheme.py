@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ar_schemes import SchemeError, describe, scheme, scheme_from_dict, schemes
 
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from ar_schemes import Granularity, SchemeError, Span, SuperGroup, TensorSpec
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ar_schemes import Granularity, SchemeError, Span, SuperGroup, TensorSpec
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,9 @@ def test_a_group_size_that_means_nothing_is_refused(value) -> None:
         Granularity.from_group_size(value)
 
 
-@pytest.mark.parametrize(("span", "size"), [(Span.GROUP, ()), (Span.TILE, (1,)), (Span.GROUP, (0,))])
+@pytest.mark.parametrize(
+    ("span", "size"), [(Span.GROUP, ()), (Span.TILE, (1,)), (Span.GROUP, (0,))]
+)
 def test_a_region_needs_its_sizes(span, size) -> None:
     with pytest.raises(SchemeError, match="positive number"):
         Granularity(span, size)

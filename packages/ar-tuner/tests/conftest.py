@@ -37,14 +37,11 @@ def gpt2(t: Any) -> Any:
     return t.GPT2LMHeadModel(config)
 
 
-def mamba(t: Any) -> Any:
-    config = t.MambaConfig(
-        vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8, intermediate_size=128
-    )
-    return t.MambaForCausalLM(config)
+def mistral(t: Any) -> Any:
+    return t.MistralForCausalLM(t.MistralConfig(**SMALL, sliding_window=8))
 
 
-MODELS = {"llama": llama, "qwen3": qwen3, "gemma2": gemma2, "gpt2": gpt2, "mamba": mamba}
+MODELS = {"llama": llama, "qwen3": qwen3, "gemma2": gemma2, "gpt2": gpt2, "mistral": mistral}
 
 
 @pytest.fixture

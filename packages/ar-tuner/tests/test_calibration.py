@@ -5,11 +5,12 @@ import random
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
+
 from ar_tuner import TunerError
 from ar_tuner.calibration import calibration_rows, check_seqlen
 from ar_tuner.calibration.packing import pack
 from ar_tuner.calibration.sources import read_file, text_of
-from torch.utils.data import DataLoader
 
 
 class Words:
@@ -91,10 +92,8 @@ def test_a_file_of_any_kind_gives_its_texts(tmp_path, name, content, count) -> N
 
 def test_a_parquet_file_gives_its_texts(tmp_path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    table = pyarrow.table({"text": ["one", "two"]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "a.parquet")
     assert list(read_file(tmp_path / "a.parquet")) == ["one", "two"]
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from ar_kernels import data_type, equal
 from ar_schemes import LayerInfo, LayerRules, make_plan, scheme
 from ar_tuner import TunerError, events
@@ -129,7 +130,10 @@ def test_events_are_lines_that_a_program_can_read(tmp_path) -> None:
 
 def test_a_fingerprint_names_what_differs(tmp_path) -> None:
     layers = [LayerInfo("b.x", 32, 64, "b")]
-    plans = [make_plan(layers, LayerRules(scheme(s).with_overrides({"group_size": 32}))) for s in ("W4A16", "W3A16")]
+    plans = [
+        make_plan(layers, LayerRules(scheme(s).with_overrides({"group_size": 32})))
+        for s in ("W4A16", "W3A16")
+    ]
     models = [torch.nn.Linear(4, 4) for _ in range(2)]
     rows = torch.ones(2, 4, dtype=torch.int64)
 

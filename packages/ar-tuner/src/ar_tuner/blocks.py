@@ -178,7 +178,8 @@ def _discover(model: nn.Module, adapter: ModelAdapter) -> tuple[str, ...]:
     if inside < COVERAGE * (inside + outside):
         listing = ", ".join(f"{f[0]} ({f[2]} weights)" for f in found)
         msg = (
-            f"cannot tell which lists hold the decoder blocks: {listing}. Name them with to_quant_block_names."
+            f"cannot tell which lists hold the decoder blocks: {listing}. "
+            "Name them with to_quant_block_names."
         )
         raise TunerError(msg)
     return tuple(f[0] for f in chosen)

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from typing import TYPE_CHECKING
+
+import pluggy
+import pytest
+import torch
+
+from ar_schemes import PluginHost, SchemeError
+from ar_tuner import AutoRound, TunerError, builtin, events, hookspecs, registry
+from ar_tuner.settings import Settings, make_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+QUICK = {"iters": 3, "nsamples": 8, "seqlen": 32, "batch_size": 4, "group_size": 32}
+KINDS = ("llama", "qwen3", "gemma2", "gpt2")
+
+
+class Memory:
+    """A sink that keeps what it is given."""
+
+    def __init__(self, request) -> None:
+        self.request = request
+        self.weights, self.tensors, self.state = {}, {}, "open"
+
+    def put(self, name, weight) -> None:
+        self.weights[name] = weight
+
+    def put_tensor(self, name, tensor) -> None:
+        self.tensors[name] = tensor
+
+    def commit(self) -> Path:
+        self.state = "committed"
+        self.request.output.mkdir()
+        return self.request.output
+
+    def abort(self) -> None:
+        self.state = "aborted"
+
+
+@pytest.fixture
+def sinks(monkeypatch):
+    """Register a format `memory` through the hook; return the sinks it opens."""
+    opened = []
+    plugin = types.ModuleType("memory_plugin")
+
+    def ar_open_sink(request):
+        if request.format != "memory":
+            return None
+        opened.append(Memory(request))
+        return opened[-1]
+
+    ar_open_sink.__module__ = "memory_plugin"
+    plugin.ar_open_sink = pluggy.HookimplMarker("ar_tuner")(ar_open_sink)
+    monkeypatch.setitem(sys.modules, "memory_plugin", plugin)
+    entry = pytest.importorskip("importlib.metadata").EntryPoint(
+        "memory", "memory_plugin", "ar_tuner"
+    )
+    host = PluginHost(
+        "ar_tuner", hookspecs, builtins={"builtin": builtin}, env={}, entry_points=[entry]
+    )
+    monkeypatch.setattr(registry, "host", lambda: host)
+    return opened
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chain", [True, False], ids=["quantized-inputs", "float-inputs"])
+def test_a_model_in_memory_is_quantized_in_place(model, rows, kind, chain) -> None:
+    made = model(kind)
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    seen = []
+    job = AutoRound(made, dataset=rows, enable_quanted_input=chain, on_event=seen.append, **QUICK)
+    quantized, plan = job.quantize()
+    assert quantized is made
+    changed = {k for k, v in made.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {f"{r.layer.name}.weight" for r in plan.quantized}
+    assert torch.isfinite(made(input_ids=rows).logits).all()
+    done = [e for e in seen if isinstance(e, events.BlockDone)]
+    assert [e.index for e in done] == [0, 1]
+    assert all(e.loss_after is not None for e in done)
+    assert isinstance(seen[-1], events.RunFinished)
+
+
+def test_tuning_lowers_the_loss_of_every_block(model, rows) -> None:
+    seen = []
+    numbers = {**QUICK, "iters": 40}
+    AutoRound(model(), scheme="W3A16", dataset=rows, on_event=seen.append, **numbers).quantize()
+    for event in seen:
+        if isinstance(event, events.BlockDone):
+            assert event.loss_after < event.loss_before
+
+
+def test_rtn_needs_no_data(model) -> None:
+    made = model("llama")
+    _, plan = AutoRound(made, recipe="rtn", group_size=32).quantize()
+    assert len(plan.quantized) == 14
+
+
+def test_a_quantized_head_is_rounded_too(model, rows) -> None:
+    made = model("llama")
+    before = made.lm_head.weight.clone()
+    AutoRound(made, dataset=rows, quant_lm_head=True, **QUICK).quantize()
+    assert not torch.equal(made.lm_head.weight, before)
+
+
+def test_the_sink_gets_every_tensor_once(model, rows, sinks, tmp_path) -> None:
+    made = model("qwen3")
+    keys = set(made.state_dict())
+    job = AutoRound(made, dataset=rows, **QUICK)
+    checked = []
+    _, path = job.quantize_and_save(
+        tmp_path / "out", format="memory", check=lambda p, of, m: checked.append((p, of))
+    )
+    probe, sink = sinks
+    assert (probe.state, sink.state) == ("aborted", "committed")
+    got = {f"{n}.weight" for n in sink.weights} | set(sink.tensors)
+    assert got == keys - {"lm_head.weight"}  # tied
+    assert sink.request.blocks == ("model.layers",)
+    assert sink.request.config["architectures"] == ["Qwen3ForCausalLM"]
+    for name, weight in sink.weights.items():
+        parameter = made.get_parameter(f"{name}.weight")
+        assert torch.equal(weight.dequantize(parameter.dtype), parameter)
+    assert (path / "..").resolve() == tmp_path
+    with pytest.raises(KeyError):
+        checked[0][1]("nothing")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(model, rows, sinks, tmp_path) -> None:
+    class Stop(RuntimeError):
+        pass
+
+    def stop(event) -> None:
+        if isinstance(event, events.BlockStarted) and event.index == 1:
+            raise Stop
+
+    AutoRound(model(), dataset=rows, **QUICK).quantize_and_save(tmp_path / "whole", format="memory")
+    whole = sinks[-1].weights
+    job = AutoRound(model(), dataset=rows, on_event=stop, **QUICK)
+    with pytest.raises(Stop):
+        job.quantize_and_save(tmp_path / "out", format="memory")
+    assert sinks[-1].state == "aborted"
+    seen = []
+    job = AutoRound(model(), dataset=rows, resume=True, on_event=seen.append, **QUICK)
+    job.quantize_and_save(tmp_path / "out", format="memory")
+    assert next(e for e in seen if isinstance(e, events.RunStarted)).resumed_blocks == 1
+    resumed = sinks[-1].weights
+    assert set(resumed) == set(whole)
+    assert all(torch.equal(resumed[n].codes, whole[n].codes) for n in whole)
+    assert all(torch.equal(resumed[n].scale, whole[n].scale) for n in whole)
+
+
+def test_a_format_nobody_writes_is_refused(model, rows, sinks, tmp_path) -> None:
+    with pytest.raises(TunerError, match="no installed package writes the format 'nothing'"):
+        AutoRound(model(), dataset=rows, **QUICK).quantize_and_save(
+            tmp_path / "o", format="nothing"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_that_text_never_reaches_are_named(model, rows) -> None:
+    made = model("llama")
+    made.model.layers[1].forward = None
+    inner = made.model.forward
+
+    def skip(*args, **kwargs):
+        kept, made.model.layers = made.model.layers, made.model.layers[:1]
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            made.model.layers = kept
+
+    made.model.forward = skip
+    with pytest.raises(TunerError, match=r"never run on text.*model\.layers\.1"):
+        AutoRound(made, dataset=rows, **QUICK).quantize()
+
+
+def test_weights_that_are_not_finite_are_named(model, rows) -> None:
+    made = model("llama")
+    made.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(TunerError, match=r"NaN.*layers\.1\.mlp\.up_proj"):
+        AutoRound(made, dataset=rows, **QUICK).quantize()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "message"),
+    [
+        ("MXFP4", {}, "scheme MXFP4 .* cannot be computed"),
+        ("BF16", {}, "quantizes no layer"),
+        ({"bits": 8, "group_size": 32, "act_bits": 8}, {}, "does not quantize activations"),
+    ],
+)
+def test_a_scheme_that_cannot_be_computed_is_refused(model, scheme, options, message) -> None:
+    with pytest.raises(TunerError, match=message):
+        AutoRound(model(), scheme=scheme, **options).plan()
+
+
+def test_group_sizes_that_do_not_divide_are_listed(model) -> None:
+    with pytest.raises(SchemeError, match="14 layers cannot be quantized"):
+        AutoRound(model(), group_size=80).plan()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"iterz": 1}, "unknown argument 'iterz'. Did you mean iters"),
+        ({"recipe": "bset"}, "unknown recipe 'bset'. Did you mean best"),
+        ({"scale_init": "x"}, "unknown scale_init 'x'"),
+        ({"iters": True and -1}, "iters -1 is not allowed"),
+        ({"lr": 0.0}, "lr 0.0 is not allowed"),
+        ({"max_shard_size": "5XB"}, "max_shard_size '5XB' is not allowed"),
+    ],
+)
+def test_a_setting_with_a_mistake_is_refused(given, message) -> None:
+    with pytest.raises(TunerError, match=message):
+        make_settings(given)
+
+
+def test_settings_override_the_recipe() -> None:
+    made = Settings(recipe="light", iters=7, ignore_layers="a, b", max_shard_size="2GiB")
+    assert (made.chosen.iters, made.chosen.lr, made.chosen.nsamples) == (7, 5e-3, 128)
+    assert made.ignored == ("a", "b")
+    assert made.shard_bytes == 2 * 2**30
+    assert dataclasses.replace(made, to_quant_block_names="x,y").block_paths == ("x", "y")

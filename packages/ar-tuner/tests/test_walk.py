@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ar_tuner import TunerError
+from ar_tuner.adapters import GenericAdapter
+from ar_tuner.blocks import find_blocks
+from ar_tuner.rows import RowBank, rows_of
+from ar_tuner.walk import Call, execute, hidden, suspended, trace_calls
+
+ADAPTER = GenericAdapter()
+KINDS = ("llama", "qwen3", "gemma2", "gpt2")
+
+
+def logits_by_walk(made, rows):
+    """Drive a model block by block through suspended frames."""
+    blocks = [b.module for b in find_blocks(made, ADAPTER).blocks]
+    entry = ADAPTER.entry(made)
+    with suspended(entry, blocks, [ADAPTER.inputs(made, rows)]) as frames:
+        seen = []
+        while frames[0].call is not None:
+            call = frames[0].call
+            seen.append(call)
+            frames[0].resume(execute(blocks[call.index], call))
+        return frames[0].output.logits, seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_suspended_forward_computes_what_the_model_does(model, rows, kind) -> None:
+    made = model(kind)
+    walked, _ = logits_by_walk(made, rows)
+    with torch.no_grad():
+        assert torch.equal(walked, made(input_ids=rows, use_cache=False).logits)
+
+
+def test_masks_stay_boolean_and_no_cache_is_passed(model, rows) -> None:
+    made = model("mistral")  # sliding window: its mask cannot be left out
+    made.set_attn_implementation("sdpa")
+    _, calls = logits_by_walk(made.to(torch.bfloat16), rows)
+    masks = [
+        c.kwargs["attention_mask"] for c in calls if c.kwargs.get("attention_mask") is not None
+    ]
+    assert masks
+    assert all(m.dtype is torch.bool for m in masks)
+    assert all(c.kwargs.get("past_key_values") is None for c in calls)
+
+
+def test_the_order_of_calls_is_traced(model, rows) -> None:
+    made = model("llama")
+    blocks = [b.module for b in find_blocks(made, ADAPTER).blocks]
+    assert trace_calls(made, blocks, ADAPTER.inputs(made, rows[:1])) == [0, 1]
+
+
+def test_blocks_have_their_own_forward_again(model, rows) -> None:
+    made = model("llama")
+    blocks = [b.module for b in find_blocks(made, ADAPTER).blocks]
+    with suspended(made, blocks, [ADAPTER.inputs(made, rows)] * 2):
+        assert "forward" in blocks[0].__dict__
+    assert "forward" not in blocks[0].__dict__
+
+
+def test_an_error_of_the_model_reaches_the_caller(rows) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Linear(4, 4)
+
+        def forward(self, input_ids):
+            self.block(input_ids)
+            raise ValueError("of the model")
+
+    made = Broken()
+    with (
+        pytest.raises(ValueError, match="of the model"),
+        suspended(made, [made.block], [{"input_ids": rows}]) as frames,
+    ):
+        frames[0].resume(rows)
+
+
+def test_a_block_that_returns_no_tensor_is_refused() -> None:
+    assert hidden((torch.ones(1), 3)).shape == (1,)
+    with pytest.raises(TunerError, match="a block returned dict"):
+        hidden({"x": 1})
+
+
+def call(value, mask=None):
+    return Call(0, (value,), {"mask": mask, "pair": (torch.zeros(2), "text")})
+
+
+def test_any_rows_of_any_calls_make_a_minibatch() -> None:
+    values = [torch.arange(6.0).view(3, 2), 10 + torch.arange(4.0).view(2, 2)]
+    bank = RowBank.of([call(v) for v in values], [3, 2])
+    assert bank.rows == 5
+    args, kwargs = bank.take([4, 0])
+    assert args[0].tolist() == [[12.0, 13.0], [0.0, 1.0]]
+    assert kwargs["pair"][1] == "text"
+    whole, _ = bank.take([0, 1, 2])
+    assert torch.equal(whole[0], values[0])
+
+
+def test_calls_of_different_shapes_are_drawn_whole() -> None:
+    bank = RowBank.of([call(torch.ones(2, 3)), call(torch.ones(2, 5))], [2, 2])
+    assert not bank.joinable
+    assert bank.chunks(3, 8) == [[0, 1], [2, 3]]
+    draw = bank.minibatches(1, torch.Generator().manual_seed(0))
+    assert sorted([draw(), draw()]) == [[0, 1], [2, 3]]
+    args, _ = bank.take([2, 3])
+    assert args[0].shape == (2, 5)
+
+
+def test_minibatches_are_an_epoch_without_repetition_and_depend_on_the_seed() -> None:
+    bank = RowBank.of([call(torch.ones(8, 3))], [8])
+
+    def epoch(seed):
+        draw = bank.minibatches(4, torch.Generator().manual_seed(seed))
+        return [draw(), draw()]
+
+    assert sorted(sum(epoch(0), [])) == list(range(8))
+    assert epoch(0) == epoch(0) != epoch(1)
+
+
+def test_a_row_beyond_the_end_is_an_error() -> None:
+    bank = RowBank.of([call(torch.ones(2, 3))], [2])
+    with pytest.raises(IndexError):
+        bank.take([2])
+
+
+def test_outputs_split_into_rows() -> None:
+    found = rows_of([torch.ones(2, 3), torch.zeros(1, 3)])
+    assert [r.sum().item() for r in found] == [3.0, 3.0, 0.0]
