@@ -41,7 +41,7 @@ def test_plan_joins_blocks_or_lists_every_layer() -> None:
     assert "model.layers.*.mlp.down_proj" in joined
     every = ar("plan", DEMO, "--all").output
     assert "model.layers.3.mlp.down_proj" in every
-    facts = json.loads(ar("plan", DEMO, "--json", "--asym").output)
+    facts = json.loads(ar("plan", DEMO, "--json", "--asym").stdout)
     assert facts["quantized"] == 28
     assert facts["bits_per_weight"] == pytest.approx(4 + 20 / 128)
 
@@ -50,7 +50,7 @@ def test_plan_takes_rules(tmp_path) -> None:
     rules = tmp_path / "rules.json"
     rules.write_text('{"down_proj": "W8A16"}')
     for given in (rules, '{"down_proj": "W8A16"}'):
-        facts = json.loads(ar("plan", DEMO, "--json", "--layer-config", given).output)
+        facts = json.loads(ar("plan", DEMO, "--json", "--layer-config", given).stdout)
         found = {r["name"]: r["scheme"] for r in facts["layers"]}
         assert found["model.layers.0.mlp.down_proj"] == "W8A16"
 
@@ -69,23 +69,23 @@ def test_inspect_tells_format_schemes_and_size(rtn) -> None:
     assert "auto_round" in text
     assert "W4A16G128" in text
     assert "gptq" in ar("inspect", rtn, "--all").output
-    assert json.loads(ar("inspect", rtn, "--json").output)["layers"][0]["layout"] == "gptq"
+    assert json.loads(ar("inspect", rtn, "--json").stdout)["layers"][0]["layout"] == "gptq"
     assert "float" in ar("inspect", DEMO).output
 
 
 def test_verify_ends_with_status_0_or_1(rtn, tmp_path) -> None:
     assert ar("verify", rtn).exit_code == 0
     assert "28 compared bit by bit" in ar("verify", rtn, "--against", rtn).output
-    assert json.loads(ar("verify", rtn, "--json").output)["ok"] is True
+    assert json.loads(ar("verify", rtn, "--json").stdout)["ok"] is True
     assert "NOT sound" in ar("verify", tmp_path).output
 
 
 def test_eval_measures_against_the_float_model(rtn) -> None:
     args = ("--tokens", 2048, "--seqlen", 64, "--json")
-    found = json.loads(ar("eval", rtn, "--against", DEMO, *args).output)
+    found = json.loads(ar("eval", rtn, "--against", DEMO, *args).stdout)
     assert 0 < found["kl"] < 1
     assert found["top1"] > 0.5
-    alone = json.loads(ar("eval", rtn, *args).output)
+    alone = json.loads(ar("eval", rtn, *args).stdout)
     assert alone["ppl"] == pytest.approx(found["ppl"])
     assert "perplexity" in ar("eval", rtn, "--tokens", 2048, "--seqlen", 64).output
 
@@ -103,9 +103,9 @@ def test_eval_refuses_what_it_cannot_read(rtn, tmp_path) -> None:
 
 def test_generate_is_greedy_unless_asked(rtn) -> None:
     args = ("generate", rtn, "--prompt", "Return the", "--max-new-tokens", 6)
-    assert ar(*args).output == ar(*args).output
+    assert ar(*args).stdout == ar(*args).stdout
     warm = (*args, "--temperature", 1.5, "--seed", 3)
-    assert ar(*warm).output == ar(*warm).output
+    assert ar(*warm).stdout == ar(*warm).stdout
 
 
 def test_a_chat_without_a_template_is_refused(rtn) -> None:
@@ -117,11 +117,11 @@ def test_a_chat_without_a_template_is_refused(rtn) -> None:
 @pytest.mark.parametrize("command", ["schemes", "formats", "backends", "plugins"])
 def test_a_listing_is_a_table_or_json(command) -> None:
     assert ar(command).exit_code == 0
-    assert isinstance(json.loads(ar(command, "--json").output), list)
+    assert isinstance(json.loads(ar(command, "--json").stdout), list)
 
 
 def test_doctor_tells_versions_and_the_archiver() -> None:
-    facts = json.loads(ar("doctor", "--json").output)
+    facts = json.loads(ar("doctor", "--json").stdout)
     assert facts["torch"]
     assert "archiver that `ar rcs` gets" in facts
     assert "no problems found" in ar("doctor").output

@@ -204,7 +204,7 @@ def _check_computable(plan: LayerPlan) -> None:
         spec = row.scheme.weight
         assert spec is not None
         kind = data_types().get(spec.data_type)
-        why = f"no installed package knows the data type {spec.data_type!r}"
+        why: str | None = f"no installed package knows the data type {spec.data_type!r}"
         why = why if kind is None else kind.refuses(spec)
         if why is None and row.scheme.activation is not None:
             why = "this version does not quantize activations"
