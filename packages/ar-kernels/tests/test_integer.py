@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ar_kernels import KernelError
 from ar_kernels.numerics import Params
+from ar_kernels.numerics.grouping import expand
 from ar_kernels.numerics.integer import Integer, extremes
 from ar_kernels.numerics.rounding import SMALLEST_SCALE
 from ar_kernels.testing import DataTypeConformance
@@ -238,3 +239,37 @@ def test_a_weight_too_large_for_its_scale_type_is_refused_with_the_magnitude() -
     weight = torch.tensor([[1.0, 1e7]])
     with pytest.raises(KernelError, match=r"1e\+07 needs a scale beyond the range of float16"):
         INT.quantize(weight, spec, INT.parameters(weight, spec))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("size", [16, -1, 0, (4, 16)], ids=["group", "channel", "tensor", "tile"])
+def test_gradients_are_those_of_the_single_operations(symmetric, size) -> None:
+    kind = Integer()
+    spec = TensorSpec(bits=2, granularity=Granularity.from_group_size(size), symmetric=symmetric)
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(8, 32, generator=generator)
+    shape = spec.granularity.scale_shape(8, 32)
+    incoming = torch.randn(8, 32, generator=generator)
+
+    def gradients(fake_quant):
+        leaves = [
+            (0.3 * torch.randn(8, 32, generator=torch.Generator().manual_seed(5))),
+            torch.full(shape, 0.8),
+            torch.full(shape, 0.7),
+            weight.clone(),
+        ]
+        offset, low, high, w = (leaf.requires_grad_() for leaf in leaves)
+        params = kind.parameters(weight, spec, low=low, high=high)
+        out = fake_quant(w, params, offset)
+        (out * incoming).sum().backward()
+        return out.detach(), [leaf.grad for leaf in (offset, low, high, w)]
+
+    def by_single_operations(w, params, offset):
+        codes, _ = kind._codes(w, spec, params, offset)
+        return expand(params.scale, (8, 32), spec.granularity) * codes
+
+    out, found = gradients(lambda w, p, o: kind.fake_quant(w, spec, p, offset=o))
+    expected_out, expected = gradients(by_single_operations)
+    assert torch.equal(out, expected_out)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two)

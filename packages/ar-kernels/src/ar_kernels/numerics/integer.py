@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_kernels.numerics.base import Params
-from ar_kernels.numerics.grouping import expand, grouped
+from ar_kernels.numerics.grouping import expand, grouped, ungrouped
+from ar_kernels.numerics.integer_fake_quant import IntegerFakeQuant
 from ar_kernels.numerics.integer_search import search_asymmetric, search_symmetric
 from ar_kernels.numerics.rounding import floored, round_ste, stored
 from ar_kernels.weight import KernelError, QuantizedWeight
@@ -106,8 +107,15 @@ class Integer:
         self, weight: Tensor, spec: TensorSpec, params: Params, *, offset: Tensor | None = None
     ) -> Tensor:
         """Return quantize + dequantize, float32, straight-through gradients."""
-        codes, _ = self._codes(weight.float(), spec, params, offset)
-        return expand(params.scale, tuple(weight.shape), spec.granularity) * codes
+        zero = params.zero_point
+        fake = IntegerFakeQuant.apply(
+            grouped(weight.float(), spec.granularity),
+            params.scale.unsqueeze(-1),
+            None if zero is None else zero.unsqueeze(-1),
+            None if offset is None else grouped(offset, spec.granularity),
+            spec.bits,
+        )
+        return ungrouped(fake, tuple(weight.shape), spec.granularity)
 
     def search(
         self, weight: Tensor, spec: TensorSpec, *, importance: Tensor | None = None
