@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ar_schemes import LayerInfo, LayerRules, SchemeError, make_plan, matches, scheme
+from ar_schemes import LayerInfo, LayerRules, Scheme, SchemeError, make_plan, matches, scheme
 
 BLOCK = "model.layers.0"
 
@@ -84,9 +84,12 @@ def test_group_sizes_that_do_not_divide_are_listed_together() -> None:
     [
         ({"ignore_layers": ("nothing",)}, "ignore_layers 'nothing' matches none of the 7 layers"),
         ({"layer_config": {"(": "W4A16"}}, "is no regular expression"),
-        ({"layer_config": {"mlp": "W9A9"}}, "unknown scheme 'W9A9'"),
+        ({"layer_config": {"nothing": {"bits": 2}}}, "layer_config 'nothing' matches none"),
+        ({"layer_config": {"mlp": "W9A9"}}, "layer_config 'mlp': unknown scheme 'W9A9'"),
+        ({"layer_config": {"mlp": {"bitz": 3}}}, "layer_config 'mlp': unknown scheme key 'bitz'"),
+        ({"layer_config": {"mlp": 3}}, "layer_config 'mlp': 3 is no scheme; use a preset name"),
     ],
-    ids=["no-match", "regex", "scheme"],
+    ids=["no-match", "regex", "rule", "scheme", "key", "kind"],
 )
 def test_a_rule_with_a_mistake_is_refused(rules, message) -> None:
     with pytest.raises(SchemeError, match=message):
@@ -112,3 +115,77 @@ def test_bits_per_weight_weigh_layers_by_their_size() -> None:
 )
 def test_a_pattern_means_whole_parts_of_a_name(pattern, name, hit) -> None:
     assert matches(pattern, name) is hit
+
+
+def test_layers_that_stay_say_why() -> None:
+    layers = (*LAYERS, layer("linear_attn.in_proj_a", keep="gate of linear attention"))
+    made = make_plan(layers, LayerRules(scheme("W4A16")))
+    assert {r.layer.name: r.reason for r in made.rows if not r.quantized} == {
+        "model.embed_tokens": "embedding: stays in 16 bit",
+        f"{BLOCK}.mlp.gate": "router: decides where tokens go, stays in 16 bit",
+        "lm_head": "output head: not asked for (quant_lm_head)",
+        "visual.proj": "outside the decoder blocks",
+        f"{BLOCK}.linear_attn.in_proj_a": "gate of linear attention",
+    }
+
+
+def test_a_mixed_preset_gives_each_role_its_scheme() -> None:
+    layers = (*LAYERS, layer("mlp.experts.0.up_proj", role="experts"))
+    rules = LayerRules(scheme("W4A16_MIXED"), quant_lm_head=True)
+    made = make_plan(layers, rules)
+    assert made[f"{BLOCK}.self_attn.q_proj"].scheme.name == "W8A16"
+    assert made[f"{BLOCK}.mlp.experts.0.up_proj"].scheme.name == "W4A16"
+    assert made["lm_head"].scheme.name == "W8A16"
+    assert not made[f"{BLOCK}.mlp.gate"].quantized
+
+
+def test_a_rule_changes_the_default_and_on_a_float_default_the_usual_scheme() -> None:
+    asym = make_plan(LAYERS, LayerRules(scheme({"sym": False}), {"q_proj": {"bits": 8}}))
+    assert asym[f"{BLOCK}.self_attn.q_proj"].scheme.name == "W8A16G128-asym"
+    only = make_plan(LAYERS, LayerRules(scheme("BF16"), {"q_proj": {"group_size": 64}}))
+    assert [r.scheme.name for r in only.quantized] == ["W4A16G64"]
+
+
+def test_a_rule_may_be_a_scheme_and_may_keep_a_layer() -> None:
+    made = plan(layer_config={"q_proj": Scheme(name="BF16"), "down_proj": {"bits": 16}})
+    assert [r.layer.name for r in made.quantized] == [f"{BLOCK}.mlp.gate_proj"]
+    assert made[f"{BLOCK}.self_attn.q_proj"].reason == "layer_config 'q_proj'"
+
+
+def test_a_rule_reaches_what_would_stay_otherwise() -> None:
+    made = plan(layer_config={"visual.proj": "W8A16", "mlp.gate": "W8A16"})
+    assert made["visual.proj"].quantized
+    assert made[f"{BLOCK}.mlp.gate"].quantized
+
+
+def test_rows_are_found_by_name_and_by_block() -> None:
+    made = plan()
+    assert made["lm_head"].layer.rows == 512
+    assert [r.layer.name for r in made.of_block(None)] == [
+        "model.embed_tokens",
+        "lm_head",
+        "visual.proj",
+    ]
+    assert len(made.of_block(BLOCK)) == 4
+    assert made.default.name == "W4A16"
+
+
+def test_tiles_must_divide_rows_too() -> None:
+    rules = LayerRules(scheme({"bits": 8, "group_size": [128, 128], "data_type": "fp"}))
+    with pytest.raises(SchemeError, match=r"tile128x128 does not divide \[192, 256\]"):
+        make_plan((layer("odd", 192, 256),), rules)
+
+
+def test_one_scale_per_channel_divides_everything() -> None:
+    made = make_plan((layer("odd", 96, 416),), LayerRules(scheme({"group_size": -1})))
+    assert made[f"{BLOCK}.odd"].quantized
+
+
+def test_experts_count_as_many_times_as_there_are() -> None:
+    many = layer("mlp.experts.up", 64, 128, role="experts", copies=8)
+    made = make_plan((many,), LayerRules(scheme("W4A16")))
+    assert made.rows[0].stored_bits == 8 * 64 * 128 * 4.125
+
+
+def test_a_plan_without_blocks_is_all_16_bit() -> None:
+    assert make_plan((), LayerRules(scheme("W4A16"))).bits_per_weight == 16.0

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from ar_schemes import Granularity, SchemeError, Span, SuperGroup, TensorSpec
 
+COUNT = st.integers(1, 8)
+
 
 @pytest.mark.parametrize(
     ("value", "span", "shape"),
@@ -84,3 +86,29 @@ def test_super_groups_and_full_precision_are_counted() -> None:
 )
 def test_plain_values_give_the_spec_back(spec) -> None:
     assert TensorSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@given(
+    rows=st.integers(1, 8),
+    columns=st.integers(1, 8),
+    tile=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+)
+def test_regions_cover_the_tensor_exactly(rows, columns, tile) -> None:
+    granularity = Granularity(Span.TILE, tile)
+    shape = (rows * tile[0], columns * tile[1])
+    assert granularity.scale_shape(*shape) == (rows, columns)
+    assert granularity.region(*shape) == tile
+
+
+def test_a_spec_says_what_it_is_in_a_word() -> None:
+    assert str(TensorSpec()) == "int4 group128"
+    assert str(TensorSpec(symmetric=False, granularity=Granularity(Span.TILE, (8, 16)))) == (
+        "int4 tile8x16 asym"
+    )
+
+
+def test_a_changed_copy_leaves_the_original() -> None:
+    spec = TensorSpec()
+    assert spec.with_(bits=3).bits == 3
+    assert spec.bits == 4
+    assert spec.group_size == 128

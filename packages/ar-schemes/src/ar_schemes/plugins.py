@@ -126,11 +126,15 @@ class PluginHost:
             return list(metadata.entry_points(group=self.project))
         except Exception:  # noqa: BLE001 - a stray line in any distribution's file raises here
             out: list[metadata.EntryPoint] = []
+        seen: set[str] = set()
         for dist in metadata.distributions():
+            name = str(dist.metadata["Name"])
+            if name in seen:  # a copy later on the path does not count
+                continue
+            seen.add(name)
             try:
                 out += dist.entry_points.select(group=self.project)
             except Exception as error:  # noqa: BLE001 - the file at fault
-                name = str(dist.metadata["Name"])
                 self._failed(name, name, dist.version, error)
         return out
 
@@ -219,6 +223,7 @@ class PluginHost:
             self._failed(f"{name}@{dist}", dist, version, PluginError(msg))
             return
         try:
+            hash(plugin)  # pluggy keeps plugins in sets: one without a hash would break every call
             self._pm.register(plugin, name=name)
             self._refuse_bad_hooks(name)
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything
