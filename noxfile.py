@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -14,11 +15,14 @@ nox.options.error_on_missing_interpreters = True
 
 PACKAGES = ("ar-schemes", "ar-kernels", "ar-tuner", "ar-export", "ar-vlm", "ar-cli")
 SOURCES = ("packages", "tests", "scripts", "benchmarks", "noxfile.py")
+PINS = ("-c", "constraints.txt")
+NOT_WITH = {"ar-schemes": ("torch", "transformers"), "ar-kernels": ("transformers",)}
+"""What must not be importable where only the package and its closure are installed."""
 
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """Style: ruff check and ruff format; every package with changes has changelog lines."""
+    """Style: ruff check, ruff format, and every package's changelog."""
     session.run(sys.executable, "-m", "ruff", "check", *SOURCES)
     session.run(sys.executable, "-m", "ruff", "format", "--check", *SOURCES)
     session.run(sys.executable, "scripts/check_changelogs.py")
@@ -32,62 +36,61 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """The whole test suite in the current environment (add pytest arguments after --)."""
-    session.run(sys.executable, "-m", "pytest", *session.posargs)
+    """The whole test suite in the current environment (pytest arguments after --)."""
+    session.run(sys.executable, "-m", "pytest", "-m", "not network", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """The documents: generated parts are current, links lead somewhere, commands agree."""
+    session.run(sys.executable, "scripts/generate_docs.py", "--check")
+    session.run(sys.executable, "-m", "pytest", "-q", "tests/test_docs.py")
 
 
 @nox.session
 @nox.parametrize("package", PACKAGES)
 def isolated(session: nox.Session, package: str) -> None:
     """One package's wheel alone with its in-repo closure: nothing else importable, tests pass."""
-    closure = _closure(package)
-    wheels = Path(session.create_tmp()) / "wheels"
-    session.install("build", "flit_core", "-c", "constraints.txt")
-    for name in closure:
-        session.run(
-            "python", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels),
-            f"packages/{name}", silent=True,
-        )  # fmt: skip
-    found = [str(next(wheels.glob(f"{name.replace('-', '_')}-*.whl"))) for name in closure]
-    session.install("-c", "constraints.txt", "torch", *found, "pytest", "hypothesis") if (
-        "ar-kernels" in closure
-    ) else session.install("-c", "constraints.txt", *found, "pytest", "hypothesis")
-    absent = [n.replace("-", "_") for n in PACKAGES if n not in closure]
-    if package in ("ar-schemes", "ar-kernels"):
-        absent.append("transformers")
-    if package == "ar-schemes":
-        absent.append("torch")
+    needed = closure(package)
+    session.install(*PINS, *wheels(session, needed), "pytest", "hypothesis")
+    absent = [name.replace("-", "_") for name in PACKAGES if name not in needed]
+    absent += NOT_WITH.get(package, ())
     check = (
-        "import importlib.util, sys; "
-        f"found = [n for n in {absent!r} if importlib.util.find_spec(n)]; "
+        "import importlib.util as u, sys; "
+        f"found = [n for n in {absent!r} if u.find_spec(n)]; "
         "sys.exit(f'importable: {found}' if found else 0)"
     )
     session.run("python", "-c", check)
-    session.run("python", "-m", "pytest", f"packages/{package}/tests", "-q", *session.posargs)
+    session.run("python", "-m", "pytest", "-q", f"packages/{package}/tests", *session.posargs)
 
 
 @nox.session
 def wheelcheck(session: nox.Session) -> None:
-    """Build all wheels and import each package from them."""
-    wheels = Path(session.create_tmp()) / "wheels"
-    session.install("build", "flit_core", "-c", "constraints.txt")
-    for name in PACKAGES:
-        session.run(
-            "python", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels),
-            f"packages/{name}", silent=True,
-        )  # fmt: skip
-    session.install("-c", "constraints.txt", "torch", *map(str, wheels.glob("*.whl")))
+    """All six wheels: complete, versions agree, installable together, each importable."""
+    built = wheels(session, PACKAGES)
+    session.run("python", "scripts/check_wheels.py", *built)
+    session.install(*PINS, *built)
     for name in PACKAGES:
         session.run("python", "-c", f"import {name.replace('-', '_')}")
     session.run("ar", "schemes", silent=True)
 
 
-def _closure(package: str) -> list[str]:
+def wheels(session: nox.Session, packages: tuple[str, ...] | list[str]) -> list[str]:
+    """Build the wheels of packages and return their paths."""
+    folder = Path(session.create_tmp()).resolve() / "wheels"
+    for old in folder.glob("*.whl"):
+        old.unlink()
+    paths = [f"./packages/{name}" for name in packages]
+    session.run("pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(folder), *paths)
+    return [str(path) for path in sorted(folder.glob("*.whl"))]
+
+
+def closure(package: str) -> list[str]:
     """Return a package and the siblings it needs, dependencies first."""
-    document = tomllib.loads(Path(f"packages/{package}/pyproject.toml").read_text("utf-8"))
+    text = Path(f"packages/{package}/pyproject.toml").read_text(encoding="utf-8")
     out: list[str] = []
-    for requirement in document["project"]["dependencies"]:
-        name = requirement.split("[")[0].split(">")[0].strip()
+    for requirement in tomllib.loads(text)["project"]["dependencies"]:
+        name = re.split(r"[\[<>=!~; ]", requirement)[0]
         if name in PACKAGES:
-            out += [n for n in _closure(name) if n not in out]
+            out += [n for n in closure(name) if n not in out]
     return [*out, package]

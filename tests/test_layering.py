@@ -49,12 +49,12 @@ def short(path: Path) -> str:
     return str(Path(*path.relative_to(ROOT).parts[3:]))
 
 
-def imports(tree: ast.AST, *, top_level_only: bool = False) -> set[str]:
-    """Return the top-level names imported, those under TYPE_CHECKING left out."""
+def imports(tree: ast.AST, *, top_level_only: bool = False, types: bool = False) -> set[str]:
+    """Return the top-level names imported; those under TYPE_CHECKING only if `types` asks."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             return
         if isinstance(node, ast.Import):
             found.update(a.name.split(".")[0] for a in node.names)
@@ -69,14 +69,26 @@ def imports(tree: ast.AST, *, top_level_only: bool = False) -> set[str]:
     return found
 
 
+def private_names(tree: ast.AST, package: str) -> set[str]:
+    """Return the private modules and names of siblings that are imported."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ar_"):
+            parts = [*(node.module or "").split("."), *(a.name for a in node.names)]
+            if parts[0] != package:
+                found.update(p for p in parts if p.startswith("_") and not p.startswith("__"))
+    return found
+
+
 @pytest.mark.parametrize("path", FILES, ids=short)
 def test_a_module_keeps_the_rules(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = package_of(path)
     used = imports(tree)
-    siblings = {n for n in used if n.startswith("ar_")} - {package}
+    siblings = {n for n in imports(tree, types=True) if n.startswith("ar_")} - {package}
     assert siblings <= MAY_IMPORT[package], f"{short(path)} looks the wrong way: {siblings}"
     assert not used & NEVER.get(package, set())
+    assert not private_names(tree, package), f"{short(path)} uses private names of a sibling"
     outside = imports(tree, top_level_only=True) - set(sys.stdlib_module_names)
     outside = {n for n in outside if not n.startswith("ar_")}
     if "testing" not in path.parts:
@@ -129,3 +141,38 @@ def test_importing_stays_light(statement: str, absent: set[str]) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "packages").glob("*/tests/**/*.py")),
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_a_packages_tests_need_only_what_it_may_import(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[1].replace("-", "_")
+    used = imports(ast.parse(path.read_text(encoding="utf-8")), types=True)
+    siblings = {n for n in used if n in MAY_IMPORT} - {package}
+    assert siblings <= MAY_IMPORT[package]
+
+
+def test_exceptions_are_of_files_that_exist() -> None:
+    names = {short(path) for path in FILES}
+    assert CATCH_ALL | LIGHT_EXCEPTIONS.keys() <= names
+
+
+def test_imports_are_seen_wherever_they_stand() -> None:
+    tree = ast.parse(
+        "import a.b\n"
+        "from c import d\n"
+        "if TYPE_CHECKING:\n    import e\n"
+        "def f():\n    from g.h import i\n"
+        "try:\n    import j\nexcept ImportError:\n    pass\n"
+    )
+    assert imports(tree) == {"a", "c", "g", "j"}
+    assert imports(tree, types=True) == {"a", "c", "e", "g", "j"}
+    assert imports(tree, top_level_only=True) == {"a", "c", "j"}
+
+
+def test_private_names_of_a_sibling_are_seen() -> None:
+    tree = ast.parse("from ar_x._y import a\nfrom ar_x import _b\nfrom ar_z import _c, d\n")
+    assert private_names(tree, "ar_z") == {"_y", "_b"}

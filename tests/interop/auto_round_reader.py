@@ -20,7 +20,7 @@ import torch
 
 PROMPTS = ("Once upon a time", "The little dog", "Lily and Tom went to the", "One day, a big")
 TOLERANCE = 5e-3
-"""Largest difference of logits relative to their largest magnitude; auto-round computes in float16."""
+"""Largest difference of logits, relative to their largest; auto-round computes in float16."""
 
 
 def read(directory: Path, module: str, out: Path) -> None:
@@ -48,10 +48,11 @@ def compare(first: Path, second: Path) -> int:
     worst, same = 0.0, True
     for prompt in PROMPTS:
         a, b = one["results"][prompt], two["results"][prompt]
-        worst = max(worst, float((a["logits"] - b["logits"]).abs().max() / a["logits"].abs().max()))
+        difference = (a["logits"] - b["logits"]).abs().max() / a["logits"].abs().max()
+        worst = max(worst, float(difference))
         same = same and torch.equal(a["ids"], b["ids"])
     print(
-        f"{one['reader']} and {two['reader']}: logits differ by at most {worst:.2e} of their range, "
+        f"{one['reader']} and {two['reader']}: logits differ by {worst:.2e} of their range at most, "
         f"greedy text {'equal' if same else 'DIFFERENT'} over {len(PROMPTS)} prompts of 40 tokens"
     )
     return 0 if same and worst <= TOLERANCE else 1

@@ -45,7 +45,7 @@ class IntegerFakeQuant(torch.autograd.Function):
         return codes * scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of weight, scale, zero point and offset."""
         steps, codes, inside, scale = ctx.saved_tensors
         to_weight, to_scale, to_zero, to_offset, _ = ctx.needs_input_grad

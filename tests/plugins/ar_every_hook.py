@@ -1,0 +1,162 @@
+"""A plugin that implements every hook of every host, and a report of what became of each.
+
+`python ar_every_hook.py` prints the report as JSON; tests/test_hooks.py makes it a distribution.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import click
+import pluggy
+
+HEARD: list[str] = []
+schemes_impl = pluggy.HookimplMarker("ar_schemes")
+kernels_impl = pluggy.HookimplMarker("ar_kernels")
+tuner_impl = pluggy.HookimplMarker("ar_tuner")
+export_impl = pluggy.HookimplMarker("ar_export")
+cli_impl = pluggy.HookimplMarker("ar_cli")
+
+
+@schemes_impl
+def ar_register_schemes():
+    from ar_schemes import Scheme, scheme
+
+    spec = scheme("W4A16").weight.with_(data_type="every_int")
+    return [Scheme(name="EVERY4", weight=spec)]
+
+
+@kernels_impl
+def ar_register_data_types():
+    from ar_kernels.numerics.integer import Integer
+
+    class EveryInt(Integer):
+        name = "every_int"
+
+    return [EveryInt()]
+
+
+@kernels_impl
+def ar_register_layouts():
+    from ar_kernels.layouts.gptq import GptqLayout
+
+    return [GptqLayout("every_layout", 0)]
+
+
+@kernels_impl
+def ar_register_backends():
+    from ar_kernels.backends.reference import Reference
+
+    class EveryBackend(Reference):
+        name = "every_backend"
+        priority = -1
+
+    return [EveryBackend()]
+
+
+@kernels_impl
+def ar_choose_backend(need, usable):
+    HEARD.append("ar_choose_backend")
+    return usable[-1].name
+
+
+@tuner_impl
+def ar_register_algorithms():
+    from ar_tuner.algorithms.rtn import Rtn
+
+    class EveryAlgorithm(Rtn):
+        name = "every_algorithm"
+
+    return [EveryAlgorithm()]
+
+
+@tuner_impl
+def ar_register_datasets():
+    from ar_tuner.calibration.sources import EmbeddedTexts
+
+    class EveryTexts(EmbeddedTexts):
+        name = "every_texts"
+
+        def texts(self, *, split):
+            return [f"{split} text"]
+
+    return [EveryTexts()]
+
+
+@tuner_impl
+def ar_find_adapter(config):
+    from ar_tuner.adapters import GenericAdapter
+
+    found = GenericAdapter()
+    found.name = f"every-{config}"
+    return found
+
+
+@tuner_impl
+def ar_open_sink(request):
+    return "a sink" if request.format == "every" else None
+
+
+@tuner_impl
+def ar_run_event(event):
+    HEARD.append(f"ar_run_event {event.text}")
+
+
+@export_impl
+def ar_register_formats():
+    from ar_export.formats.fake import FakeFormat
+
+    class EveryFormat(FakeFormat):
+        name = "every_format"
+        spellings = ("every_format", "every:other")
+
+    return [EveryFormat()]
+
+
+@cli_impl
+def ar_register_commands():
+    return [click.Command("every")]
+
+
+def report() -> dict[str, object]:
+    """Return what each hook brought about."""
+    import torch
+
+    import ar_cli.registry
+    import ar_export
+    import ar_kernels.registry as kernels
+    import ar_tuner.registry as tuner
+    from ar_kernels.backends.base import Need
+    from ar_kernels.backends.select import choose
+    from ar_schemes import schemes
+    from ar_tuner.calibration.sources import texts_of
+    from ar_tuner.events import Note
+
+    spec = schemes()["EVERY4"].weight
+    need = Need(spec, rows=64, columns=128, device="cpu", dtype=torch.float32)
+    tuner.host().notify("ar_run_event", event=Note("info", "hello"))
+    return {
+        "ar_register_schemes": spec.data_type,
+        "ar_register_data_types": kernels.data_type("every_int").name,
+        "ar_register_layouts": kernels.layout("every_layout").name,
+        "ar_register_backends": kernels.backend("every_backend").name,
+        "ar_choose_backend": choose(need).backend.name,
+        "ar_register_algorithms": tuner.algorithm("every_algorithm").name,
+        "ar_register_datasets": texts_of(
+            "every_texts:split=train", tuner.datasets(), allow_download=False
+        ),
+        "ar_find_adapter": tuner.find_adapter("config").name,
+        "ar_open_sink": tuner.open_sink(types.SimpleNamespace(format="every")),
+        "ar_register_formats": ar_export.format("every:other").name,
+        "ar_register_commands": ar_cli.registry.command("every").name,
+        "heard": HEARD,
+    }
+
+
+if __name__ == "__main__":
+    import ar_every_hook
+
+    print(json.dumps(ar_every_hook.report()))
+    sys.exit()
