@@ -52,7 +52,7 @@ def compare(first: Path, second: Path) -> int:
         worst = max(worst, float(difference))
         same = same and torch.equal(a["ids"], b["ids"])
     print(
-        f"{one['reader']} and {two['reader']}: logits differ by {worst:.2e} of their range at most, "
+        f"{one['reader']} and {two['reader']}: logits differ by {worst:.2e} of their range, "
         f"greedy text {'equal' if same else 'DIFFERENT'} over {len(PROMPTS)} prompts of 40 tokens"
     )
     return 0 if same and worst <= TOLERANCE else 1
