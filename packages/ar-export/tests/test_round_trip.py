@@ -93,3 +93,11 @@ def test_shards_are_bounded_and_indexed(make) -> None:
     assert {p.name for p in path.glob("*.safetensors")} == files
     assert all(n.endswith(f"-of-{len(files):05d}.safetensors") for n in files)
     assert verify(path, expected=weights).ok
+
+
+@pytest.mark.parametrize("spelling", ["auto_round", "auto_round:gptqmodel"])
+def test_layers_with_and_without_zero_points_share_one_convention(make, spelling) -> None:
+    path, weights = make(format=spelling, rules={"layer_config": {"down_proj": {"sym": False}}})
+    packing = open_checkpoint(path).quantization_config["packing_format"]
+    assert packing == spelling  # version 2 zeros for all: version 1 cannot hold every zero point
+    assert verify(path, expected=weights).ok

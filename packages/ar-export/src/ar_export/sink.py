@@ -92,10 +92,11 @@ class SafetensorsSink:
         self._check_source()
         self._writer: ShardWriter | None = None
         self._dtype = config_dtype(request.config)
+        self._config = found.config(request)
 
     def put(self, name: str, weight: QuantizedWeight) -> None:
         """Take the weight of a layer (name without `.weight`)."""
-        parts = self._format.tensors(self._request.format, weight, self._dtype)
+        parts = self._format.tensors(self._config, weight, self._dtype)
         for suffix, tensor in parts.items():
             self._shards().add(f"{name}.{suffix}", tensor)
 
@@ -112,7 +113,7 @@ class SafetensorsSink:
             copy_side_files(request.source, folder, request.config)
         if request.side is not None:
             request.side(folder)
-        write_configs(folder, request.config, self._format.config(request))
+        write_configs(folder, request.config, self._config)
         return self._folder.commit()
 
     def abort(self) -> None:

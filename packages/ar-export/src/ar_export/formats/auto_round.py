@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 _SKIPPED = {"bits": 16, "data_type": "fp"}
 _WORD = 32
+_SCALES = "float16"
+_SYMMETRIC = "auto_round:auto_gptq"
+_LAYOUTS = {
+    _SYMMETRIC: "gptq",
+    "auto_round": "gptq_v2",
+    "auto_round:gptqmodel": "gptq_v2_g_idx",
+}
 _WRITTEN_FOR = "0.16.1"
 """Version of the reference implementation whose config this is; readers take it as a hint."""
 
@@ -43,28 +50,39 @@ class AutoRoundFormat:
             return None
         if scheme.activation is not None:
             return "auto_round carries weight-only int schemes here, not quantized activations"
-        if spelling == "auto_round:auto_gptq" and not scheme.weight.symmetric:
+        if spelling == _SYMMETRIC and not scheme.weight.symmetric:
             return "auto_round:auto_gptq holds symmetric weights; use auto_round for asymmetric"
-        return layout(_layout(spelling, scheme.weight.symmetric)).refuses(
-            scheme.weight, rows, columns
-        )
+        if scheme.weight.scale_dtype != _SCALES:
+            return f"auto_round holds scales in {_SCALES}, not {scheme.weight.scale_dtype}"
+        order = _LAYOUTS[_packing(spelling, [scheme])]
+        return layout(order).refuses(scheme.weight, rows, columns)
 
     def config(self, request: Request) -> dict[str, Any]:
-        """Return the `quantization_config` to write."""
-        default = request.plan.default
-        assert default.weight is not None
-        flat = default.to_dict()
-        out: dict[str, Any] = {
+        """Return the `quantization_config` to write.
+
+        Raises:
+            ExportError: no layer of the plan is quantized, or the spelling is not ours.
+        """
+        quantized = [row.scheme for row in request.plan.quantized]
+        if not quantized:
+            msg = (
+                f"format {request.format}: the plan quantizes no layer, so there is nothing to "
+                "pack. Choose another scheme, or write the floats with format fake."
+            )
+            raise ExportError(msg)
+        flat = _default(request.plan).to_dict()
+        out: dict[str, Any] = {k: v for k, v in request.facts.items() if v is not None}
+        out |= {
             "quant_method": "auto-round",
-            "packing_format": _packing(request.format, default.weight.symmetric),
+            "packing_format": _packing(request.format, quantized),
             "bits": flat["bits"],
             "group_size": flat["group_size"],
             "sym": flat["sym"],
             "data_type": flat["data_type"],
             "block_name_to_quantize": ",".join(request.blocks),
+            "autoround_version": _WRITTEN_FOR,
+            "producer": "ar-export",
         }
-        out |= {k: v for k, v in request.facts.items() if v is not None}
-        out |= {"autoround_version": _WRITTEN_FOR, "producer": "ar-export"}
         extra = _extra(request.plan, flat)
         if extra:
             out["extra_config"] = extra
@@ -72,12 +90,13 @@ class AutoRoundFormat:
 
     def tensors(
         self,
-        spelling: str,
+        config: Mapping[str, Any] | None,
         weight: QuantizedWeight,
         dtype: torch.dtype,  # noqa: ARG002
     ) -> dict[str, Tensor]:
-        """Return the packed tensors of a layer by suffix."""
-        return layout(_layout(spelling, weight.spec.symmetric)).pack(weight)
+        """Return the packed tensors of a layer by suffix, in the bit order the config names."""
+        assert config is not None
+        return layout(_LAYOUTS[config["packing_format"]]).pack(weight)
 
     def reads(self, config: Mapping[str, Any] | None) -> bool:
         """Tell whether a checkpoint with this `quantization_config` is of this format."""
@@ -94,19 +113,23 @@ class AutoRoundFormat:
         except (KernelError, SchemeError) as error:
             msg = f"quantization_config: {error}"
             raise ExportError(msg) from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            # foreign JSON: a list where an object belongs, a word where a number does
+            msg = f"quantization_config: a value of the wrong kind: {error}"
+            raise ExportError(msg) from error
         out = {}
         for name in names:
             found = chosen.get(name)
             if found is None or found.scheme.weight is None:
                 msg = f"layer {name} has packed tensors but the config says it is not quantized"
                 raise ExportError(msg)
-            scales = shapes.get(f"{name}.scales")
-            if scales is None or len(scales) != 2:  # noqa: PLR2004
-                msg = f"layer {name}: {name}.scales is missing or not a matrix"
-                raise ExportError(msg)
             variant = parsed.variant(f"{name}.g_idx" in shapes)
-            columns = shapes[f"{name}.qweight"][0] * _WORD // found.scheme.weight.bits
-            out[name] = LayerEntry(found.scheme, scales[1], columns, variant)
+            rows, columns = _shape(name, found.scheme, shapes)
+            why = layout(variant).refuses(found.scheme.weight, rows, columns)
+            if why is not None:
+                msg = f"layer {name}: the config does not fit its tensors: {why}"
+                raise ExportError(msg)
+            out[name] = LayerEntry(found.scheme, rows, columns, variant)
         return out
 
     def suffixes(self, entry: LayerEntry) -> Collection[str]:
@@ -115,21 +138,43 @@ class AutoRoundFormat:
         return tuple(layout(entry.layout).facts(entry.scheme.weight, entry.rows, entry.columns))
 
 
-def _packing(spelling: str, symmetric: bool) -> str:  # noqa: FBT001
-    """Return the `packing_format` a spelling resolves to."""
+def _packing(spelling: str, quantized: Collection[Scheme]) -> str:
+    """Return the one `packing_format` of a checkpoint: zero points have one convention in it."""
     if spelling == "auto_round:gptqmodel":
         return spelling
-    if spelling in ("auto_round", "auto_round:auto_gptq"):
-        return "auto_round:auto_gptq" if symmetric else "auto_round"
-    raise ExportError(unknown_name("format", spelling, AutoRoundFormat.spellings))
+    if spelling not in AutoRoundFormat.spellings:
+        raise ExportError(unknown_name("format", spelling, AutoRoundFormat.spellings))
+    symmetric = all(s.weight is None or s.weight.symmetric for s in quantized)
+    return _SYMMETRIC if symmetric else "auto_round"
 
 
-def _layout(spelling: str, symmetric: bool) -> str:  # noqa: FBT001
-    return {
-        "auto_round:auto_gptq": "gptq",
-        "auto_round": "gptq_v2",
-        "auto_round:gptqmodel": "gptq_v2_g_idx",
-    }[_packing(spelling, symmetric)]
+def _default(plan: LayerPlan) -> Scheme:
+    """Return the scheme to write as the default: the plan's, else the commonest of its layers."""
+    if plan.default.weight is not None:
+        return plan.default
+    schemes = [row.scheme for row in plan.quantized]
+    return max(schemes, key=lambda one: sum(s.weight == one.weight for s in schemes))
+
+
+def _shape(name: str, scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Return rows and columns of a layer, from the shapes of its packed tensors.
+
+    Raises:
+        ExportError: a tensor is missing or no matrix, or the width does not fit.
+    """
+    assert scheme.weight is not None
+    for suffix in ("qweight", "scales"):
+        if len(shapes.get(f"{name}.{suffix}", ())) != 2:  # noqa: PLR2004
+            msg = f"layer {name}: {name}.{suffix} is missing or not a matrix"
+            raise ExportError(msg)
+    words, rows = shapes[f"{name}.qweight"]
+    if words * _WORD % scheme.weight.bits:
+        msg = (
+            f"layer {name}: {words} words of {_WORD} bits in {name}.qweight are no whole number "
+            f"of {scheme.weight.bits}-bit codes; the config names the wrong bits"
+        )
+        raise ExportError(msg)
+    return rows, words * _WORD // scheme.weight.bits
 
 
 def _extra(plan: LayerPlan, flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,12 +78,24 @@ class Format(Protocol):
         """Return why a layer [rows, columns] cannot be carried, or None."""
 
     def config(self, request: Request) -> dict[str, Any] | None:
-        """Return the `quantization_config` to write, plain JSON values, or None for none."""
+        """Return the `quantization_config` to write, plain JSON values, or None for none.
+
+        Asked for before any work, so it may also refuse the plan as a whole.
+
+        Raises:
+            ExportError: the plan cannot be written in this format.
+        """
 
     def tensors(
-        self, spelling: str, weight: QuantizedWeight, dtype: torch.dtype
+        self, config: Mapping[str, Any] | None, weight: QuantizedWeight, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Return the tensors of a layer by suffix; `dtype` is the type of the float weights."""
+        """Return the tensors of a layer by suffix.
+
+        Args:
+            config: the `quantization_config` that `config` returned for this checkpoint.
+            weight: the layer's weight [O, I].
+            dtype: type of the float weights of the model.
+        """
 
     def reads(self, config: Mapping[str, Any] | None) -> bool:
         """Tell whether a checkpoint with this `quantization_config` is of this format."""

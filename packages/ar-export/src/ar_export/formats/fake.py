@@ -25,12 +25,14 @@ class FakeFormat:
     def refuses(
         self,
         spelling: str,  # noqa: ARG002
-        scheme: Scheme,  # noqa: ARG002
+        scheme: Scheme,
         rows: int,  # noqa: ARG002
         columns: int,  # noqa: ARG002
     ) -> str | None:
-        """Return None: every scheme dequantizes."""
-        return None
+        """Return why a layer cannot be carried, or None: every weight dequantizes."""
+        if scheme.activation is None:
+            return None
+        return "fake holds weights only; the activations would silently stay in 16 bit"
 
     def config(self, request: Request) -> dict[str, Any] | None:  # noqa: ARG002
         """Return None: readers need not know."""
@@ -38,7 +40,7 @@ class FakeFormat:
 
     def tensors(
         self,
-        spelling: str,  # noqa: ARG002
+        config: Mapping[str, Any] | None,  # noqa: ARG002
         weight: QuantizedWeight,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
