@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_a_check_without_work_leaves_nothing(request_for, tmp_path) -> None:
 
 
 def test_leftovers_of_a_dead_run_are_not_mixed_in(request_for, random_weights, tmp_path) -> None:
-    stale = tmp_path / ".out.partial"
+    stale = tmp_path / ".out.999999999.partial"  # no process has this number
     stale.mkdir()
     (stale / "stale.safetensors").write_bytes(b"x")
     request = request_for()
@@ -67,6 +68,7 @@ def test_an_output_below_a_file_is_refused(request_for, tmp_path) -> None:
 def test_overwriting_replaces_the_whole_directory(make, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
+    (tmp_path / "out" / "config.json").write_text("{}")
     path, _ = make(overwrite=True)
     assert not (path / "old.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
@@ -152,3 +154,37 @@ def test_a_model_in_memory_writes_its_own_side_files(make) -> None:
 )
 def test_the_type_of_floats_is_read_from_the_config(config, dtype) -> None:
     assert config_dtype(config) is dtype
+
+
+def test_overwriting_spares_what_is_no_checkpoint(request_for, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    with pytest.raises(ExportError, match="is no checkpoint and will not be replaced"):
+        ar_open_sink(request_for(overwrite=True))
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
+
+
+def test_the_root_of_the_file_system_is_refused(request_for) -> None:
+    with pytest.raises(ExportError, match="root of the file system"):
+        ar_open_sink(request_for(output=Path("/")))
+
+
+def test_a_full_disk_is_said_in_plain_words(request_for, tmp_path, monkeypatch) -> None:
+    sink = ar_open_sink(request_for())
+
+    def refuse(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ExportError, match="No space left on device"):
+        sink.put_tensor("a", torch.ones(2))
+    monkeypatch.undo()
+    sink.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parents_made_for_the_output_go_with_an_abort(request_for, tmp_path) -> None:
+    sink = ar_open_sink(request_for(output=tmp_path / "a" / "b" / "out"))
+    sink.put_tensor("a", torch.ones(2))
+    sink.abort()
+    assert list(tmp_path.iterdir()) == []

@@ -10,22 +10,35 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-_WRITTEN = {"config.json", "quantization_config.json", "quantize_config.json", "README.md"}
+_WRITTEN = {
+    "config.json",
+    "quantization_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "README.md",  # describes the float model
+}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
-_KEPT = (".json", ".jsonl", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe")
+_KEPT = (".json", ".jsonl", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".spm")
+_LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+_FOLDERS = ("additional_chat_templates",)
 
 
 def copy_side_files(source: Path, target: Path, config: Mapping[str, Any]) -> None:
     """Copy what a reader needs beside weights and config; code only where the config names it."""
     for path in sorted(source.iterdir()):
-        name = path.name
-        if not path.is_file() or name.startswith(".") or name in _WRITTEN:
-            continue
-        if name.endswith((*_WEIGHTS, ".index.json")):
-            continue
-        code = path.suffix == ".py" and "auto_map" in config
-        if code or path.suffix in _KEPT or name.upper().startswith("LICENSE"):
-            shutil.copyfile(path, target / name)
+        if path.is_file() and _wanted(path, config):
+            shutil.copyfile(path, target / path.name)
+        elif path.is_dir() and path.name in _FOLDERS:
+            shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
+
+
+def _wanted(path: Path, config: Mapping[str, Any]) -> bool:
+    name = path.name
+    if name.startswith(".") or name in _WRITTEN or name.endswith((*_WEIGHTS, ".index.json")):
+        return False
+    if path.suffix == ".py":
+        return "auto_map" in config
+    return path.suffix in _KEPT or name.upper().startswith(_LEGAL)
 
 
 def write_configs(

@@ -7,6 +7,8 @@ and equal tensors give equal bytes.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import struct
@@ -18,6 +20,7 @@ import torch
 from ar_export.errors import ExportError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -65,7 +68,8 @@ class ShardWriter:
         """Append a tensor.
 
         Raises:
-            ExportError: a name that was written before, or a type safetensors has no name for.
+            ExportError: a name that was written before, a type safetensors has no name for, or
+                the disk refuses.
         """
         if name in self._names:
             msg = f"tensor {name} is written twice"
@@ -75,18 +79,33 @@ class ShardWriter:
             raise ExportError(msg)
         plain = tensor.detach().cpu().contiguous()
         size = plain.numel() * plain.element_size()
-        if self._entries and self._filled + size > self._limit:
-            self._finish_shard()
-        if self._scratch is None:
-            self._scratch = (self._folder / ".scratch").open("w+b")
+        with _disk(self._folder):
+            if self._entries and self._filled + size > self._limit:
+                self._finish_shard()
+            if self._scratch is None:
+                self._scratch = (self._folder / ".scratch").open("w+b")
+            self._scratch.write(_bytes(plain))
         self._entries.append(_Entry(name, plain.dtype, tuple(plain.shape), self._filled, size))
-        self._scratch.write(plain.reshape(-1).view(torch.uint8).numpy().data)
         self._names.add(name)
         self._filled += size
         self.total_bytes += size
 
     def close(self) -> None:
-        """Finish the last shard, give all their final names and write the index if needed."""
+        """Finish the last shard, give all their final names and write the index if needed.
+
+        Raises:
+            ExportError: the disk refuses.
+        """
+        with _disk(self._folder):
+            self._close()
+
+    def discard(self) -> None:
+        """Let go of the scratch file."""
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
+
+    def _close(self) -> None:
         if self._entries:
             self._finish_shard()
         count = len(self._shards)
@@ -102,12 +121,6 @@ class ShardWriter:
         path = self._folder / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def discard(self) -> None:
-        """Let go of the scratch file."""
-        if self._scratch is not None:
-            self._scratch.close()
-            self._scratch = None
-
     def _finish_shard(self) -> None:
         assert self._scratch is not None
         order = sorted(self._entries, key=lambda e: (-e.dtype.itemsize, e.name))
@@ -119,6 +132,9 @@ class ShardWriter:
                 left = entry.size
                 while left:
                     chunk = self._scratch.read(min(left, _CHUNK))
+                    if not chunk:
+                        msg = f"{self._folder}: the scratch file was cut short by someone else"
+                        raise ExportError(msg)
                     out.write(chunk)
                     left -= len(chunk)
             out.flush()
@@ -127,6 +143,22 @@ class ShardWriter:
         (self._folder / ".scratch").unlink()
         self._shards.append((path, [e.name for e in order]))
         self._entries, self._filled = [], 0
+
+
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """Say in plain words when the disk is full or gone."""
+    try:
+        yield
+    except OSError as error:
+        msg = f"weights cannot be written into {folder}: {error.strerror or error}"
+        raise ExportError(msg) from error
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor as bytes; torch alone needs numpy for it."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr() if size else 0))
 
 
 def _header(order: list[_Entry]) -> bytes:
