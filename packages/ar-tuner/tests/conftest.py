@@ -37,11 +37,23 @@ def gpt2(t: Any) -> Any:
     return t.GPT2LMHeadModel(config)
 
 
+def qwen3_moe(t: Any) -> Any:
+    experts = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+    return t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**SMALL, head_dim=16, **experts))
+
+
 def mistral(t: Any) -> Any:
     return t.MistralForCausalLM(t.MistralConfig(**SMALL, sliding_window=8))
 
 
-MODELS = {"llama": llama, "qwen3": qwen3, "gemma2": gemma2, "gpt2": gpt2, "mistral": mistral}
+MODELS = {
+    "llama": llama,
+    "qwen3": qwen3,
+    "gemma2": gemma2,
+    "gpt2": gpt2,
+    "mistral": mistral,
+    "qwen3_moe": qwen3_moe,
+}
 
 
 @pytest.fixture

@@ -225,3 +225,19 @@ def test_settings_override_the_recipe() -> None:
     assert made.ignored == ("a", "b")
     assert made.shard_bytes == 2 * 2**30
     assert dataclasses.replace(made, to_quant_block_names="x,y").block_paths == ("x", "y")
+
+
+def test_an_embedding_that_is_asked_for_is_refused_before_work(model) -> None:
+    job = AutoRound(model(), layer_config={"embed_tokens": {"bits": 8}}, group_size=32)
+    with pytest.raises(TunerError, match=r"embed_tokens.*does not quantize embeddings"):
+        job.plan()
+
+
+def test_fused_experts_that_are_asked_for_are_refused_before_work(model, rows) -> None:
+    made = model("qwen3_moe")
+    kept = [r for r in AutoRound(made, group_size=32).plan().rows if "experts" in r.layer.name]
+    assert kept
+    assert all("fused experts" in r.reason and not r.quantized for r in kept)
+    job = AutoRound(made, layer_config={"experts": {"bits": 4}}, group_size=32)
+    with pytest.raises(TunerError, match=r"mlp\.experts\..*fused experts"):
+        job.plan()

@@ -208,6 +208,10 @@ def _check_computable(plan: LayerPlan) -> None:
         why = why if kind is None else kind.refuses(spec)
         if why is None and row.scheme.activation is not None:
             why = "this version does not quantize activations"
+        if row.layer.copies > 1:
+            why = "it is one tensor of fused experts, and this version tunes linear layers only"
+        if row.layer.role == "embedding":
+            why = "this version does not quantize embeddings"
         if why is not None:
             msg = f"scheme {row.scheme.name} (layer {row.layer.name}) cannot be computed: {why}"
             raise TunerError(msg)
