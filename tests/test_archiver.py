@@ -54,13 +54,21 @@ def test_no_command_has_the_form_of_an_archivers_call(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["rcs", "x.a"], ["-t"], ["qc"], ["@file"], ["-V"], ["--target=elf"]]
+    "args",
+    [
+        *(["rcs", "x.a"], ["-t"], ["qc"], ["@file"], ["-V"], ["--target=elf"]),
+        *(["cr", "x.a"], ["cru", "x.a"], ["-crs", "x.a"], ["-c", "-r", "x.a"], ["s", "x.a"]),
+    ],
+    ids=" ".join,
 )
 def test_an_archivers_call_is_recognised(args: list[str]) -> None:
     assert is_archiver_call(args)
 
 
-@pytest.mark.parametrize("args", [[], ["-h"], ["--help"], ["--version"], ["quantize"], ["plan"]])
+@pytest.mark.parametrize(
+    "args",
+    [[], ["-h"], ["--help"], ["--version"], ["quantize"], ["plan"], ["formats"], ["-v"], ["-c"]],
+)
 def test_ours_is_not_an_archivers_call(args: list[str]) -> None:
     assert not is_archiver_call(args)
 
@@ -76,6 +84,26 @@ def test_another_folder_with_our_own_script_is_passed_over(our_bin, tmp_path) ->
     shutil.copytree(our_bin, twin)
     done = run(our_bin, "rcs", "x.a", path=str(twin))
     assert done.returncode == 127
+
+
+def test_a_shim_that_leads_back_to_us_ends(our_bin, tmp_path) -> None:
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    hidden = tmp_path / "hidden"  # the shim names our script by a variable, as pyenv's does
+    shim = shims / "ar"
+    shim.write_text('#!/bin/sh\nexec "$HIDDEN" "$@"\n')
+    shim.chmod(0o755)
+    our_bin.rename(hidden)
+    done = subprocess.run(
+        [str(hidden / "ar"), "t", "x.a"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+        env={**os.environ, "PATH": str(shims), "HIDDEN": str(hidden / "ar")},
+    )
+    assert done.returncode == 127
+    assert "no archiver is on PATH" in done.stderr
 
 
 @pytest.mark.skipif(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 import ar_cli
+from ar_cli.demo import run as demo
 from ar_cli.main import cli
 from ar_cli.main import run as run_main
 
@@ -108,6 +110,53 @@ def test_generate_is_greedy_unless_asked(rtn) -> None:
     assert ar(*warm).stdout == ar(*warm).stdout
 
 
+@pytest.mark.parametrize(
+    "args",
+    [("--seqlen", 1), ("--tokens", -5), ("--device", "nonsense")],
+    ids=["seqlen", "tokens", "device"],
+)
+def test_eval_refuses_numbers_and_devices_that_cannot_be(rtn, args) -> None:
+    done = ar("eval", rtn, *args)
+    assert done.exit_code == 2
+    assert str(args[1]) in done.output
+
+
+def test_generate_refuses_an_empty_prompt_and_an_unknown_device(rtn) -> None:
+    done = ar("generate", rtn, "--prompt", "")
+    assert done.exit_code == 2
+    assert "--prompt" in done.output
+    assert ar("generate", rtn, "--prompt", "x", "--device", "nonsense").exit_code == 2
+
+
+def test_the_next_commands_can_be_typed_as_they_stand(tmp_path) -> None:
+    out = tmp_path / "with space"
+    lines = ar("quantize", DEMO, "--recipe", "rtn", "-o", out, "--no-verify").output.splitlines()
+    typed = [shlex.split(line) for line in lines[lines.index("Next:") + 1 :]]
+    assert [words[words.index("ar_cli") + 1] for words in typed] == ["eval", "inspect", "generate"]
+    for words in typed:
+        assert ar(*words[words.index("ar_cli") + 1 :]).exit_code == 0
+
+
+def test_the_demo_keeps_the_recipe_and_gives_both_columns_the_same_layers(
+    tmp_path, monkeypatch
+) -> None:
+    seen: list[dict[str, object]] = []
+
+    def note(model, output, format, scheme, dataset, settings, **rest):  # noqa: A002
+        seen.append(settings)
+        return {"bytes": 1, "seconds": 1.0, "bytes_before": 2, "verified": True}
+
+    monkeypatch.setattr(demo, "quantize_one", note)
+    monkeypatch.setattr(demo, "_scores", lambda _: [{}, {}, {}])
+    rules = {"layer_config": {"down_proj": "W8A16"}, "ignore_layers": "o_proj"}
+    demo.run_demo(tmp_path, "auto_round", "W4A16", None, {"recipe": "light", **rules}, as_json=True)
+    from ar_tuner import AutoRound
+
+    tuned, nearest = seen
+    assert AutoRound(DEMO, **tuned).settings.chosen.iters == 50
+    assert {k: nearest[k] for k in rules} == rules
+
+
 def test_a_chat_without_a_template_is_refused(rtn) -> None:
     done = ar("generate", rtn, "--prompt", "x", "--chat")
     assert done.exit_code == 2
@@ -137,8 +186,10 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "main", interrupt)
-    assert run_main(["schemes"]) == 130
+    assert run_main(["quantize", "x"]) == 130
     assert "--resume" in capsys.readouterr().err
+    assert run_main(["schemes"]) == 130
+    assert "--resume" not in capsys.readouterr().err
 
 
 def test_the_status_of_a_command_is_that_of_the_program(tmp_path) -> None:

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_OPERATION = re.compile(r"-?[dmpqrstx][abcDfilNoOPsSTuUvV]*")
+TRIED = "AR_CLI_TRIED"
+"""Environment variable: folders whose `ar` was asked already. A shim (pyenv's, asdf's) may lead
+back to this program; without it the two would call each other for ever."""
+_LETTERS = re.compile(r"[abcDdfilmMNoOpPqrsStTuUvVx]+")
+_OPERATIONS = frozenset("dmpqrtx")
 _LONG = re.compile(r"--(target|plugin|output|thin|record-libdeps)(=.*)?")
 _NOT_FOUND = 127
 
@@ -25,17 +29,34 @@ def is_archiver_call(args: Sequence[str]) -> bool:
     if not args:
         return False
     first = args[0]
-    return (
-        first.startswith("@")
-        or first in ("-V", "-M")
-        or _OPERATION.fullmatch(first) is not None
-        or _LONG.fullmatch(first) is not None
-    )
+    if first.startswith("@") or first in ("-V", "-M") or _LONG.fullmatch(first):
+        return True
+    if not first.startswith("-"):
+        return _is_key(first)
+    letters = ""
+    for word in args:  # `-c -r lib.a`: the letters may come one by one
+        if not word.startswith("-") or not _LETTERS.fullmatch(word[1:]):
+            break
+        letters += word[1:]
+    return _is_key(letters)
+
+
+def _is_key(word: str) -> bool:
+    """Tell whether a word is an operation with modifiers, in any order: `rcs`, `cru`, `t`, `s`.
+
+    Exactly one operation letter (or `s` alone, the index), so that words of ours such as
+    `formats`, which the archiver's letters spell too, stay ours.
+    """
+    if not _LETTERS.fullmatch(word):
+        return False
+    operations = sum(letter in _OPERATIONS for letter in word)
+    return operations == 1 or (operations == 0 and "s" in word)
 
 
 def find_archiver(env: Mapping[str, str], own: Path) -> str | None:
     """Return the next `ar` on PATH outside our own folder, or None."""
     mine = {own.parent.absolute(), own.resolve().parent}
+    mine |= {Path(entry) for entry in env.get(TRIED, "").split(os.pathsep) if entry}
     for folder in env.get("PATH", os.defpath).split(os.pathsep):
         if not folder or Path(folder).absolute() in mine or Path(folder).resolve() in mine:
             continue
@@ -57,7 +78,10 @@ def step_aside(args: Sequence[str], own: Path) -> int:
             "This `ar` is the quantization toolkit; see `ar --help`.\n"
         )
         return _NOT_FOUND
-    return os.execv(found, [found, *args])  # noqa: S606 - the same call, another program
+    tried = [entry for entry in os.environ.get(TRIED, "").split(os.pathsep) if entry]
+    tried.append(str(Path(found).parent.absolute()))
+    env = {**os.environ, TRIED: os.pathsep.join(tried)}
+    return os.execve(found, [found, *args], env)  # noqa: S606 - the same call, another program
 
 
 def _is_ours(path: Path) -> bool:

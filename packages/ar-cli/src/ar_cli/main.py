@@ -76,10 +76,8 @@ def run(args: Sequence[str]) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "Interrupted. Finished blocks are kept; the same command with --resume goes on.",
-            err=True,
-        )
+        kept = " Finished blocks are kept; the same command with --resume goes on."
+        click.echo(f"Interrupted.{kept if list(args[:1]) == ['quantize'] else ''}", err=True)
         return _INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()

@@ -18,13 +18,16 @@ def open_model(path: Path, dtype: str = "auto", *, device: str = "cpu") -> nn.Mo
     """Return the model in a directory, ready to run.
 
     Raises:
-        ArError: no checkpoint there, an unknown dtype, or one that cannot be read.
+        ArError: no checkpoint there or one that cannot be read, an unknown dtype, a device that
+            this machine has not.
     """
     if dtype not in DTYPES:
         msg = f"--dtype {dtype!r} is not allowed: use one of {', '.join(DTYPES)}"
         raise ArError(msg)
     from ar_export import open_checkpoint
+    from ar_tuner.loading import checked_device
 
+    where = checked_device(device)
     open_checkpoint(path)  # says clearly what is missing or damaged
     from transformers import AutoModelForCausalLM
 
@@ -33,7 +36,7 @@ def open_model(path: Path, dtype: str = "auto", *, device: str = "cpu") -> nn.Mo
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, local_files_only=True
     )
-    return model.to(device).eval()
+    return model.to(where).eval()
 
 
 def open_tokenizer(path: Path) -> Any:

@@ -15,8 +15,21 @@ from ar_schemes import ArError
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), help="The float model it came from.")
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file; default: embedded text.")
-@click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens per window.")
-@click.option("--tokens", type=int, default=40960, show_default=True, help="At most so many.")
+@click.option(
+    "--seqlen",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Tokens per window.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=2),
+    default=40960,
+    show_default=True,
+    help="At most so many.",
+)
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True, help="Type to compute in.")
 @json_option
 def evaluate(  # noqa: PLR0913
@@ -25,6 +38,7 @@ def evaluate(  # noqa: PLR0913
     text: Path | None,
     seqlen: int,
     tokens: int,
+    device: str,
     dtype: str,
     as_json: bool,  # noqa: FBT001
 ) -> None:
@@ -34,13 +48,13 @@ def evaluate(  # noqa: PLR0913
     from ar_cli.opening import open_model, open_tokenizer
     from ar_tuner.evaluate import compare, perplexity, windows
 
-    candidate = open_model(directory, dtype)
+    candidate = open_model(directory, dtype, device=device)
     tokenizer = open_tokenizer(against or directory)
     ids = windows(tokenizer, content, seqlen=seqlen, tokens=tokens)
     if against is None:
         result = {"ppl": perplexity(candidate, ids), "tokens": ids.shape[0] * (seqlen - 1)}
     else:
-        result = vars(compare(open_model(against, dtype), candidate, ids))
+        result = vars(compare(open_model(against, dtype, device=device), candidate, ids))
     if as_json:
         print_json(result)
     else:

@@ -45,6 +45,9 @@ def generate(  # noqa: PLR0913
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(device)
+    if inputs.input_ids.shape[1] == 0:
+        msg = "--prompt holds no text; give at least one word"
+        raise ArError(msg)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         torch.manual_seed(seed)

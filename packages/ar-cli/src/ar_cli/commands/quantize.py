@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ar_cli.commands.options import check_scheme, plan_options, settings_from
 from ar_cli.output import duration, json_option, print_json, print_table, size
 from ar_cli.progress import Progress
 from ar_cli.quiet import hush
+from ar_cli.spelling import program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,13 +115,15 @@ def quantize_one(  # noqa: PLR0913
     _, path = job.quantize_and_save(output, format=format, check=check if checked else None)
     finished = seen["run_finished"]
     report = reports[0] if reports else None
+    source = job.source or Path(model)
     return {
         "output": str(path),
+        "source": str(source),
         "scheme": job.scheme.name,
         "format": format,
         "layers": len(job.plan().quantized),
         "bits_per_weight": round(finished.bits_per_weight, 4),
-        "bytes_before": _weight_bytes(Path(model)),
+        "bytes_before": _weight_bytes(source),
         "bytes": _weight_bytes(path),
         "seconds": round(finished.seconds, 2),
         "peak_bytes": finished.peak_bytes,
@@ -149,11 +153,12 @@ def _summary(facts: dict[str, Any]) -> None:
     )
     for finding in facts["findings"]:
         click.echo(f"{finding['level']}: {finding['where']}: {finding['what']}", err=True)
-    next_commands(Path(facts["output"]))
+    next_commands(facts)
 
 
-def next_commands(path: Path) -> None:
-    """Say what to type next."""
-    click.echo(f"\nNext:\n  ar eval {path} --against MODEL")
-    click.echo(f"  ar generate {path} --prompt 'Once upon a time'")
-    click.echo(f"  vllm serve {path}")
+def next_commands(facts: dict[str, Any]) -> None:
+    """Say what to type next, in words that can be typed as they stand."""
+    ar, path, source = program(), shlex.quote(facts["output"]), shlex.quote(facts["source"])
+    click.echo(f"\nNext:\n  {ar} eval {path} --against {source}")
+    click.echo(f"  {ar} inspect {path}")
+    click.echo(f"  {ar} generate {path} --prompt 'Return the'")
