@@ -5,12 +5,13 @@ Standard library only: this may run inside `import torch` (see `ar_kernels._auto
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
 import sys
 from importlib.abc import MetaPathFinder
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +30,9 @@ STOCK = {"auto-round": ("auto_round",), "gptq": ("optimum", "gptqmodel")}
 
 POLICIES = ("auto", "always", "never")
 
+_QUIET = "_ar_kernels_is_loading"
+"""Attribute of _HOME while we import ourselves: that is nobody's explicit import."""
+
 
 def arm(explicit: bool = True) -> None:
     """Let transformers load the quantized checkpoints that we know.
@@ -40,7 +44,7 @@ def arm(explicit: bool = True) -> None:
             `always` or `never`.
     """
     policy = _policy()
-    if policy == "never":
+    if policy == "never" or hasattr(sys.modules.get(_HOME), _QUIET):
         return
     all_methods = policy == "always" or (explicit and not torch_is_starting())
     if _is_ready(_HOME):
@@ -73,21 +77,43 @@ def _is_ready(name: str) -> bool:
 
 
 def _register(all_methods: bool) -> None:
-    """Put our classes into the tables of transformers."""
-    methods = [
-        method
-        for method, packages in STOCK.items()
-        if all_methods or not all(_is_installed(name) for name in packages)
-    ]
-    if not methods:
-        return
+    """Put ourselves into the tables of transformers.
+
+    Only stand-ins: ar_kernels itself is imported when a checkpoint asks for it, so that someone
+    else's `import ar_kernels` before that is still seen as explicit.
+    """
+    home = sys.modules[_HOME]
+    for method, packages in STOCK.items():
+        if all_methods or not all(_is_installed(name) for name in packages):
+            home.AUTO_QUANTIZER_MAPPING[method] = functools.partial(_make_quantizer, method)
+            home.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _ConfigStandIn(method)
+
+
+def _real(method: str) -> ModuleType:
+    """Return `ar_kernels.hf.quantizer`, its classes registered in the place of our stand-ins."""
+    home = sys.modules[_HOME]
+    setattr(home, _QUIET, True)
     try:
         from ar_kernels.hf import quantizer
-    except ImportError as error:
-        # not a reason to keep this transformers from being imported for other work
-        _log.warning("ar-kernels cannot load checkpoints with this transformers: %s", error)
-        return
-    quantizer.register(methods)
+    finally:
+        delattr(home, _QUIET)
+    quantizer.register([method])
+    return quantizer
+
+
+def _make_quantizer(method: str, *args: Any, **kwargs: Any) -> Any:
+    return _real(method).ArQuantizer(*args, **kwargs)
+
+
+class _ConfigStandIn:
+    """Does what transformers does with a config class: makes a config of a dict."""
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+
+    def from_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the config, of the real class."""
+        return _real(self._method).CONFIGS[self._method].from_dict(*args, **kwargs)
 
 
 def _is_installed(name: str) -> bool:
@@ -109,7 +135,8 @@ class _Watch(MetaPathFinder):
         if fullname not in _TARGETS:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = None if find is None else find(fullname, path, target)
             if spec is not None:
                 self._follow(spec)
                 return spec

@@ -79,7 +79,8 @@ class GPTQConfig(_AsRead, stock.GPTQConfig):
     """A config with `quant_method` gptq."""
 
 
-_CONFIGS = {"auto-round": AutoRoundConfig, "gptq": GPTQConfig}
+CONFIGS = {"auto-round": AutoRoundConfig, "gptq": GPTQConfig}
+"""Config class of each quantization method."""
 
 
 class ArQuantizer(HfQuantizer):
@@ -163,7 +164,7 @@ def register(methods: Iterable[str]) -> None:
     """Make transformers load these `quant_method`s with us."""
     for method in methods:
         AUTO_QUANTIZER_MAPPING[method] = ArQuantizer
-        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _CONFIGS[method]
+        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CONFIGS[method]
 
 
 def _shape(module: Any) -> tuple[int, int]:
