@@ -113,6 +113,14 @@ def test_hook_ar_open_sink(report) -> None:
     assert report["ar_open_sink"] == "a sink"
 
 
+def test_hook_ar_scheme_for_format(report) -> None:
+    assert report["ar_scheme_for_format"] == "EVERY4"
+
+
+def test_hook_ar_adjust_plan(report) -> None:
+    assert report["ar_adjust_plan"] == "plan for every"
+
+
 def test_hook_ar_run_event(report) -> None:
     assert "ar_run_event hello" in report["heard"]
 

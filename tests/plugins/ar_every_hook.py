@@ -100,6 +100,16 @@ def ar_open_sink(request):
 
 
 @tuner_impl
+def ar_scheme_for_format(format):
+    return "EVERY4" if format == "every" else None
+
+
+@tuner_impl
+def ar_adjust_plan(format, plan, config):
+    return f"{plan} {config} {format}" if format == "every" else None
+
+
+@tuner_impl
 def ar_run_event(event):
     HEARD.append(f"ar_run_event {event.text}")
 
@@ -149,6 +159,8 @@ def report() -> dict[str, object]:
         ),
         "ar_find_adapter": tuner.find_adapter("config").name,
         "ar_open_sink": tuner.open_sink(types.SimpleNamespace(format="every")),
+        "ar_scheme_for_format": tuner.scheme_for_format("every"),
+        "ar_adjust_plan": tuner.adjust_plan("every", "plan", "for"),
         "ar_register_formats": ar_export.format("every:other").name,
         "ar_register_commands": ar_cli.registry.command("every").name,
         "heard": HEARD,

@@ -188,9 +188,14 @@ def test_weights_that_are_not_finite_are_named(model, rows) -> None:
 @pytest.mark.parametrize(
     ("scheme", "options", "message"),
     [
-        ("MXFP4", {}, "scheme MXFP4 .* cannot be computed"),
+        ({"data_type": "nosuch", "group_size": 32}, {}, "no installed package knows"),
+        ({"data_type": "mx_fp", "bits": 5, "group_size": 32}, {}, "4 or 6 or 8 bits"),
         ("BF16", {}, "quantizes no layer"),
-        ({"bits": 8, "group_size": 32, "act_bits": 8}, {}, "does not quantize activations"),
+        (
+            {"bits": 8, "group_size": 32, "act_bits": 8, "act_data_type": "nosuch"},
+            {},
+            "activation data type 'nosuch'",
+        ),
     ],
 )
 def test_a_scheme_that_cannot_be_computed_is_refused(model, scheme, options, message) -> None:
@@ -227,10 +232,15 @@ def test_settings_override_the_recipe() -> None:
     assert dataclasses.replace(made, to_quant_block_names="x,y").block_paths == ("x", "y")
 
 
-def test_an_embedding_that_is_asked_for_is_refused_before_work(model) -> None:
-    job = AutoRound(model(), layer_config={"embed_tokens": {"bits": 8}}, group_size=32)
-    with pytest.raises(TunerError, match=r"embed_tokens.*does not quantize embeddings"):
-        job.plan()
+def test_an_embedding_that_is_asked_for_is_quantized(model) -> None:
+    made = model()
+    before = made.model.embed_tokens.weight.clone()
+    job = AutoRound(made, recipe="rtn", layer_config={"embed_tokens": {"bits": 8}}, group_size=32)
+    _, plan = job.quantize()
+    assert plan["model.embed_tokens"].quantized
+    after = made.model.embed_tokens.weight
+    assert not torch.equal(before, after)
+    assert torch.allclose(before, after, atol=0.01 * float(before.abs().max()))
 
 
 def test_fused_experts_that_are_asked_for_are_refused_before_work(model, rows) -> None:

@@ -24,19 +24,11 @@ def open_model(path: Path, dtype: str = "auto", *, device: str = "cpu") -> nn.Mo
     if dtype not in DTYPES:
         msg = f"--dtype {dtype!r} is not allowed: use one of {', '.join(DTYPES)}"
         raise ArError(msg)
-    from ar_export import open_checkpoint
+    from ar_export import open_model as opened
     from ar_tuner.loading import checked_device
 
     where = checked_device(device)
-    open_checkpoint(path)  # says clearly what is missing or damaged
-    from transformers import AutoModelForCausalLM
-
-    import ar_kernels  # noqa: F401 - teaches Transformers the formats
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True
-    )
-    return model.to(where).eval()
+    return opened(path, dtype).to(where)
 
 
 def open_tokenizer(path: Path) -> Any:

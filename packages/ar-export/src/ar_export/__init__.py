@@ -3,6 +3,7 @@
 from ar_export.errors import ExportError
 from ar_export.formats.base import Format, LayerEntry
 from ar_export.hookspecs import hookimpl
+from ar_export.opening import open_dequantized, open_model
 from ar_export.reader import Checkpoint, open_checkpoint
 from ar_export.registry import format, formats, host  # noqa: A004 - the noun of the package
 from ar_export.verify import Finding, VerifyReport, verify
@@ -21,5 +22,7 @@ __all__ = [
     "hookimpl",
     "host",
     "open_checkpoint",
+    "open_dequantized",
+    "open_model",
     "verify",
 ]

@@ -12,7 +12,7 @@ import torch
 
 from ar_export.errors import ExportError
 from ar_export.folder import StagedFolder
-from ar_export.formats.base import Request
+from ar_export.formats.base import AdjustsPlan, HoldsEmbeddings, ImpliesScheme, Request
 from ar_export.registry import formats
 from ar_export.side import copy_side_files, write_configs
 from ar_export.writer import ShardWriter
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ar_export.formats.base import Format
     from ar_kernels import QuantizedWeight
+    from ar_schemes import LayerPlan
 
 tuner_hook = pluggy.HookimplMarker("ar_tuner")
 
@@ -59,6 +60,24 @@ def ar_open_sink(request: SinkRequest) -> SafetensorsSink | None:
     return None
 
 
+@tuner_hook
+def ar_scheme_for_format(format: str) -> str | None:  # noqa: A002 - the user's word
+    """Return the preset that one of our formats implies, or None."""
+    for found in formats().values():
+        if format in found.spellings and isinstance(found, ImpliesScheme):
+            return found.scheme_for(format)
+    return None
+
+
+@tuner_hook
+def ar_adjust_plan(format: str, plan: LayerPlan, config: Any) -> LayerPlan | None:  # noqa: A002
+    """Return the plan as one of our formats wants it, or None."""
+    for found in formats().values():
+        if format in found.spellings and isinstance(found, AdjustsPlan):
+            return found.adjust(format, plan, config)
+    return None
+
+
 def check_plan(found: Format, request: Request) -> None:
     """Refuse a plan that the format cannot carry, all layers in one message.
 
@@ -68,6 +87,8 @@ def check_plan(found: Format, request: Request) -> None:
     bad: dict[str, list[str]] = {}
     for row in request.plan.quantized:
         why = found.refuses(request.format, row.scheme, row.layer.rows, row.layer.columns)
+        if why is None and row.layer.role == "embedding" and not isinstance(found, HoldsEmbeddings):
+            why = f"{found.name} cannot hold a quantized embedding"
         if why is not None:
             bad.setdefault(why, []).append(row.layer.name)
     if bad:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ar_export.errors import ExportError
+from ar_export.opening import open_model
 from ar_export.reader import open_checkpoint
 from ar_kernels import equal, layout
 
@@ -79,7 +80,7 @@ def verify(
         except ExportError as error:
             findings.append(Finding("error", str(error), name))
             continue
-        if not torch.isfinite(weight.scale).all():
+        if not torch.isfinite(weight.scale.float()).all():
             findings.append(Finding("error", "scales hold NaN or infinite values", name))
         wanted = _wanted(expected, name)
         if wanted is not None:
@@ -147,14 +148,8 @@ def _fused(found: Checkpoint) -> Iterator[Finding]:
 
 def _logits(path: Path, against: nn.Module) -> tuple[float, list[Finding]]:
     """Return the largest relative difference of logits, and a finding if it is too large."""
-    from transformers import AutoModelForCausalLM
-
-    import ar_kernels  # noqa: F401 - teaches Transformers the format
-
     parameter = next(against.parameters())
-    reopened = AutoModelForCausalLM.from_pretrained(
-        path, dtype=parameter.dtype, local_files_only=True
-    ).to(parameter.device)
+    reopened = open_model(path, parameter.dtype).to(parameter.device)
     config: Any = against.config
     vocabulary = int(getattr(config.get_text_config(), "vocab_size", 256))
     generator = torch.Generator().manual_seed(0)

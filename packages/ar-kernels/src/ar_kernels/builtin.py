@@ -8,7 +8,10 @@ from ar_kernels.backends.dense import Dense
 from ar_kernels.backends.reference import Reference
 from ar_kernels.hookspecs import hookimpl
 from ar_kernels.layouts.gptq import GPTQ, GPTQ_G_IDX, GPTQ_V2, GPTQ_V2_G_IDX
+from ar_kernels.numerics.fp8 import Fp8
 from ar_kernels.numerics.integer import Integer
+from ar_kernels.numerics.mx import Microscaling
+from ar_kernels.numerics.nvfp4 import NvFp4, NvFp4E5M3
 
 if TYPE_CHECKING:
     from ar_kernels.backends.base import Backend
@@ -19,7 +22,13 @@ if TYPE_CHECKING:
 @hookimpl
 def ar_register_data_types() -> list[DataType]:
     """Return the built-in data types."""
-    return [Integer()]
+    return [
+        Integer(),
+        Fp8(),
+        *map(Microscaling, ("mx_fp", "mx_fp_rceil", "mx_int")),
+        *map(NvFp4, ("nv_fp", "nv_fp4_with_static_gs")),
+        NvFp4E5M3(),
+    ]
 
 
 @hookimpl

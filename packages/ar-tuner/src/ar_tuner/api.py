@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +13,18 @@ from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
 from ar_tuner import events
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.errors import TunerError
-from ar_tuner.registry import algorithm, find_adapter, host
+from ar_tuner.names import strangers
+from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format
 from ar_tuner.settings import make_settings
+from ar_tuner.sink import parse_formats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from ar_kernels import QuantizedWeight
-    from ar_schemes import Scheme
+    from ar_schemes import LayerInfo, Scheme
     from ar_tuner.adapters import ModelAdapter
     from ar_tuner.algorithms.base import Algorithm
     from ar_tuner.events import RunEvent
@@ -44,7 +48,8 @@ class AutoRound:
     Args:
         model: directory of a Transformers checkpoint, or a loaded model.
         tokenizer: for a loaded model whose calibration data is text.
-        scheme: preset name (`W4A16`), flat dict or `Scheme`.
+        scheme: preset name (`W4A16`), flat dict or `Scheme`; None: what the format implies
+            (`gguf:q4_k_m`), else W4A16.
         dataset: calibration data: None (an embedded text), a .txt/.json/.jsonl/.parquet file, a
             list of strings or of token tensors, a DataLoader, or the name of a `datasets` set.
         on_event: called with every event of the run.
@@ -58,14 +63,16 @@ class AutoRound:
         self,
         model: str | Path | nn.Module,
         tokenizer: Any = None,
-        scheme: str | Scheme | Mapping[str, Any] = "W4A16",
+        scheme: str | Scheme | Mapping[str, Any] | None = None,
         *,
         dataset: Any = None,
         on_event: Callable[[RunEvent], None] | None = None,
         **options: Any,
     ) -> None:
         self.settings: Settings = make_settings(options)
-        self.scheme = self._scheme(scheme)
+        self._asked = scheme
+        self._formats: tuple[str, ...] = ()
+        self.scheme = self._scheme()
         self.dataset = dataset
         self.source = Path(model) if isinstance(model, (str, Path)) else None
         self.given = None if isinstance(model, (str, Path)) else model
@@ -89,6 +96,21 @@ class AutoRound:
             model = load_meta(self.source, trust_remote_code=self.settings.trust_remote_code)
         return self._describe(model)[2]
 
+    def write_as(self, format: str | Sequence[str]) -> tuple[str, ...]:  # noqa: A002
+        """Make the plan one for these formats, and return them.
+
+        Raises:
+            TunerError: no format, one twice, or formats that imply different schemes.
+        """
+        formats = parse_formats(format)
+        if formats != self._formats:
+            self._formats = formats
+            self.scheme = self._scheme()
+            if self._prepared is not None:
+                plan = self._describe(self._prepared.model)[2]
+                self._prepared = dataclasses.replace(self._prepared, plan=plan)
+        return formats
+
     def quantize(self) -> tuple[nn.Module, LayerPlan]:
         """Return the model with its weights quantized and dequantized in place, and the plan."""
         from ar_tuner.job import quantize_in_memory
@@ -100,11 +122,14 @@ class AutoRound:
     def quantize_and_save(
         self,
         output_dir: str | Path = "ar_quantized",
-        format: str = "auto_round",  # noqa: A002 - auto-round's name for it
+        format: str | Sequence[str] = "auto_round",  # noqa: A002 - auto-round's name for it
         *,
         check: Callable[[Path, Callable[[str], QuantizedWeight], nn.Module], None] | None = None,
     ) -> tuple[nn.Module, Path]:
         """Quantize, write the checkpoint, and return (model, directory).
+
+        Several formats (a list, or separated by commas) get one folder each in the directory,
+        named after the format, from one tuning run.
 
         `check(directory, weight_of_layer, model)` runs on the finished checkpoint while the exact
         weights are still at hand.
@@ -114,7 +139,7 @@ class AutoRound:
         """
         from ar_tuner.job import quantize_to_directory
 
-        return quantize_to_directory(self, Path(output_dir), format, check)
+        return quantize_to_directory(self, Path(output_dir), self.write_as(format), check)
 
     def prepare(self) -> Prepared:
         """Return the loaded model with its plan; the plan is made before weights are read."""
@@ -181,17 +206,58 @@ class AutoRound:
             ignore_layers=self.settings.ignored,
             quant_lm_head=self.settings.quant_lm_head,
         )
-        plan = make_plan(layers_of(model, discovery, adapter), rules)
+        layers = list(layers_of(model, discovery, adapter))
+        plan = make_plan([*layers, *self._strangers(model, layers)], rules)
+        for name in self._formats:
+            plan = adjust_plan(name, plan, self._config(model))
+        plan = with_scale_dtype(plan, self.settings.scale_dtype)
         _check_computable(plan)
         return adapter, discovery, plan
 
-    def _scheme(self, which: str | Scheme | Mapping[str, Any]) -> Scheme:
+    def _strangers(self, model: nn.Module, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
+        if self.source is None:
+            return []
+        return strangers(self.source, model.state_dict().keys(), layers)
+
+    def _config(self, model: nn.Module) -> dict[str, Any]:
+        if self.source is not None:
+            config: dict[str, Any] = json.loads((self.source / "config.json").read_text("utf-8"))
+            return config
+        described: Any = model.config
+        config = json.loads(json.dumps(described.to_dict(), default=str))
+        config.setdefault("architectures", [type(model).__name__])
+        return config
+
+    def _scheme(self) -> Scheme:
+        which = self._asked
+        if which is None:
+            implied = {f: scheme_for_format(f) for f in self._formats}
+            names = sorted({name for name in implied.values() if name is not None})
+            if len(names) > 1:
+                pairs = ", ".join(f"{f} implies {n}" for f, n in implied.items() if n is not None)
+                msg = f"these formats cannot come from one run: {pairs}. Run them one by one."
+                raise TunerError(msg)
+            which = names[0] if names else "W4A16"
         overrides = {
             "bits": self.settings.bits,
             "group_size": self.settings.group_size,
             "sym": self.settings.sym,
         }
         return scheme(which).with_overrides(overrides)
+
+
+def with_scale_dtype(plan: LayerPlan, dtype: str | None) -> LayerPlan:
+    """Return the plan with scales of integers stored in another type."""
+    if dtype is None:
+        return plan
+
+    def changed(which: Scheme) -> Scheme:
+        if which.weight is None or which.weight.data_type != "int":
+            return which
+        return dataclasses.replace(which, weight=which.weight.with_(scale_dtype=dtype))
+
+    rows = tuple(dataclasses.replace(row, scheme=changed(row.scheme)) for row in plan.rows)
+    return LayerPlan(rows=rows, default=changed(plan.default))
 
 
 def _check_computable(plan: LayerPlan) -> None:
@@ -206,12 +272,13 @@ def _check_computable(plan: LayerPlan) -> None:
         kind = data_types().get(spec.data_type)
         why: str | None = f"no installed package knows the data type {spec.data_type!r}"
         why = why if kind is None else kind.refuses(spec)
-        if why is None and row.scheme.activation is not None:
-            why = "this version does not quantize activations"
+        act = row.scheme.activation
+        if why is None and act is not None:
+            other = data_types().get(act.data_type)
+            why = f"no installed package knows the activation data type {act.data_type!r}"
+            why = why if other is None else other.refuses(act)
         if row.layer.copies > 1:
             why = "it is one tensor of fused experts, and this version tunes linear layers only"
-        if row.layer.role == "embedding":
-            why = "this version does not quantize embeddings"
         if why is not None:
             msg = f"scheme {row.scheme.name} (layer {row.layer.name}) cannot be computed: {why}"
             raise TunerError(msg)

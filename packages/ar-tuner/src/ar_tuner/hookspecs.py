@@ -9,6 +9,7 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ar_schemes import LayerPlan
     from ar_tuner.adapters import ModelAdapter
     from ar_tuner.algorithms.base import Algorithm
     from ar_tuner.calibration.sources import DatasetSource
@@ -40,6 +41,22 @@ def ar_open_sink(request: SinkRequest) -> Sink | None:
 
     Whatever makes the request impossible (a layer the format cannot carry, an output directory
     that is not empty) is raised here, before any work.
+    """
+
+
+@hookspec(firstresult=True)
+def ar_scheme_for_format(format: str) -> str | None:  # noqa: A002 - the user's word
+    """Return the preset that a format implies (`gguf:q4_k_m`), or None. First result wins.
+
+    It is used when the user names no scheme.
+    """
+
+
+@hookspec(firstresult=True)
+def ar_adjust_plan(format: str, plan: LayerPlan, config: Any) -> LayerPlan | None:  # noqa: A002
+    """Return the plan as a format wants it (a mix of types over the layers), or None.
+
+    `config` is the model's configuration as plain values. First result wins.
     """
 
 

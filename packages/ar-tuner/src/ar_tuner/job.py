@@ -14,22 +14,21 @@ from ar_tuner.algorithms.rtn import nearest
 from ar_tuner.blocks import WeightRef, is_linear, weight_of
 from ar_tuner.errors import TunerError
 from ar_tuner.names import map_names, source_files, source_tensors
-from ar_tuner.pipeline import Job, install, quantize_blocks
+from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks
 from ar_tuner.progress import Eta, peak_bytes
 from ar_tuner.recipes import auto_lr
 from ar_tuner.registry import open_sink
 from ar_tuner.run import Run, fingerprint
-from ar_tuner.sink import SinkRequest
+from ar_tuner.sink import SinkRequest, Sinks, folders
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan
     from ar_tuner.api import AutoRound, Prepared
-    from ar_tuner.sink import Sink
 
 Weights = dict[str, "QuantizedWeight"]
 
@@ -52,21 +51,21 @@ def quantize_in_memory(request: AutoRound, prepared: Prepared) -> None:
 def quantize_to_directory(
     request: AutoRound,
     output: Path,
-    format: str,  # noqa: A002 - the user's word
+    formats: Sequence[str],
     check: Callable[[Path, Callable[[str], QuantizedWeight], nn.Module], None] | None,
 ) -> tuple[nn.Module, Path]:
     """Quantize and write a checkpoint; see `AutoRound.quantize_and_save`."""
     began = time.perf_counter()
     plan = request.plan()
-    open_sink(_sink_request(request, plan, output, format, None)).abort()  # refuse before work
+    _open_sinks(request, plan, output, formats, None).abort()  # refuse before work
     prepared = request.prepare()
-    sink = open_sink(_sink_request(request, prepared.plan, output, format, prepared))
+    sink = _open_sinks(request, prepared.plan, output, formats, prepared)
     run_dir = Path(request.settings.run_dir or output.with_name(f"{output.name}.run"))
     try:
         rows = None
-        if request.algorithm().needs_inputs:
+        if needs_inputs(request.algorithm(), prepared.plan):
             rows = request.calibration_rows(prepared.tokenizer, prepared.model)
-        settings = _run_settings(request, format)
+        settings = _run_settings(request, ",".join(formats))
         run = Run.open(
             run_dir,
             settings,
@@ -76,9 +75,11 @@ def quantize_to_directory(
         with run:
             job = _job(request, prepared, finished=_loader(run), rows=rows)
             _write(request, prepared, job, run, sink)
-            final = sink.commit()
+            written = sink.commit()
+            final = written[0] if len(written) == 1 else output
             if check is not None:
-                check(final, _weight_finder(request, prepared, run), prepared.model)
+                for path in written:
+                    check(path, _weight_finder(request, prepared, run), prepared.model)
             event = events.RunFinished(
                 str(final), time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
             )
@@ -91,7 +92,24 @@ def quantize_to_directory(
     return prepared.model, final
 
 
-def _write(request: AutoRound, prepared: Prepared, job: Job, run: Run, sink: Sink) -> None:
+def _open_sinks(
+    request: AutoRound,
+    plan: LayerPlan,
+    output: Path,
+    formats: Sequence[str],
+    prepared: Prepared | None,
+) -> Sinks:
+    opened: list[Any] = []
+    try:
+        for name, folder in folders(output, formats).items():
+            opened.append(open_sink(_sink_request(request, plan, folder, name, prepared)))
+    except BaseException:
+        Sinks(opened).abort()
+        raise
+    return Sinks(opened)
+
+
+def _write(request: AutoRound, prepared: Prepared, job: Job, run: Run, sink: Sinks) -> None:
     names = _source_names(request, prepared)
     written: set[str] = set()
 
@@ -171,7 +189,7 @@ def _job(
 ) -> Job:
     recipe = request.settings.chosen
     chosen = request.algorithm()
-    if rows is None and chosen.needs_inputs:
+    if rows is None and needs_inputs(chosen, prepared.plan):
         rows = request.calibration_rows(prepared.tokenizer, prepared.model)
     spec = request.scheme.weight
     lr = recipe.lr
@@ -237,13 +255,13 @@ def _weight_finder(
 
 
 def _outside(prepared: Prepared) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Yield quantized layers outside the blocks (the output head), rounded to nearest."""
+    """Yield quantized layers outside the blocks (output head, embedding), rounded to nearest."""
     for row in prepared.plan.of_block(None):
         if row.quantized:
             module = prepared.model.get_submodule(row.layer.name)
             ref = WeightRef(row.layer.name, "weight", transposed=False)
-            if not is_linear(module):
-                msg = f"{row.layer.name}: only linear layers can be quantized outside the blocks"
+            if not is_linear(module) and row.layer.role != "embedding":
+                msg = f"{row.layer.name}: only linear layers and embeddings can be quantized here"
                 raise TunerError(msg)
             yield row.layer.name, nearest(Target(ref, row.scheme), weight_of(module))
 
@@ -320,7 +338,9 @@ def _sink_request(
 
 
 def _block_lists(plan: LayerPlan) -> tuple[str, ...]:
-    blocks = (r.layer.block for r in plan.rows if r.layer.block is not None)
+    # layers that are not in the model have blocks of their own, which are no block lists
+    quantized = {r.layer.block for r in plan.quantized}
+    blocks = (b for r in plan.rows if (b := r.layer.block) is not None and b in quantized)
     return tuple(dict.fromkeys(b.rpartition(".")[0] for b in blocks))
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
+from ar_schemes import LayerInfo
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -63,6 +64,56 @@ def map_names(model_keys: Iterable[str], source_keys: Iterable[str]) -> dict[str
 
 def _tail(key: str) -> str:
     return ".".join(key.split(".")[-2:])
+
+
+def strangers(
+    directory: Path, model_keys: Iterable[str], layers: Sequence[LayerInfo]
+) -> list[LayerInfo]:
+    """Return the layers of a checkpoint that the model in memory does not have.
+
+    Transformers leaves out the layers of multi-token prediction, for one. They are copied as they
+    are, and a plan that has them makes every format declare them.
+
+    Args:
+        directory: the float checkpoint.
+        model_keys: names of the model's tensors.
+        layers: layers of the model.
+    """
+    files = source_files(directory)
+    known = set(map_names(model_keys, files).values())
+    fused = tuple(f"{layer.name}." for layer in layers if layer.copies > 1)
+    unknown = [
+        key
+        for key in files
+        if key.endswith(".weight") and key not in known and not key.startswith(fused)
+    ]
+    out = []
+    for key, (rows, columns) in _matrices(files, unknown):
+        name = key.removesuffix(".weight")
+        out.append(
+            LayerInfo(
+                name,
+                rows,
+                columns,
+                block=name.rpartition(".")[0] or name,
+                keep="it is in the checkpoint but not in the model (copied as it is)",
+            )
+        )
+    return out
+
+
+def _matrices(
+    files: Mapping[str, Path], keys: Iterable[str]
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    by_file: dict[Path, list[str]] = {}
+    for key in keys:
+        by_file.setdefault(files[key], []).append(key)
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                shape = file.get_slice(name).get_shape()
+                if len(shape) == 2:  # noqa: PLR2004
+                    yield name, (shape[0], shape[1])
 
 
 def source_tensors(files: Mapping[str, Path], keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -10,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.func import functional_call
 
+from ar_tuner.activations import (
+    collect_ranges,
+    is_static,
+    quantized_activations,
+    static_ranges,
+    with_range,
+)
 from ar_tuner.algorithms.base import BlockResult, BlockTask, Target, TuneSettings, as_parameter
 from ar_tuner.blocks import weights_of
 from ar_tuner.errors import TunerError
+from ar_tuner.fused import shared_values
 from ar_tuner.rows import RowBank, rows_of
 from ar_tuner.walk import Frame, execute, hidden, suspended, trace_calls
 
@@ -79,7 +88,7 @@ def quantize_blocks(job: Job) -> Iterator[BlockOutcome]:
     Raises:
         TunerError: a block that holds planned layers is never called by the model.
     """
-    if job.algorithm.needs_inputs:
+    if needs_inputs(job.algorithm, job.plan):
         yield from _walk(job)
         return
     for index, block in enumerate(job.discovery.blocks):
@@ -87,6 +96,11 @@ def quantize_blocks(job: Job) -> Iterator[BlockOutcome]:
         result, restored = _quantize(job, index, None, ())
         install(block.module, _replacements(job, block, result.weights))
         yield BlockOutcome(index, block.name, result, time.perf_counter() - began, restored)
+
+
+def needs_inputs(algorithm: Algorithm, plan: LayerPlan) -> bool:
+    """Tell whether text has to go through the model: for tuning, or for ranges of activations."""
+    return algorithm.needs_inputs or any(is_static(row.scheme) for row in plan.quantized)
 
 
 def _walk(job: Job) -> Iterator[BlockOutcome]:
@@ -101,6 +115,7 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
     left = Counter(order)
     chains = 2 if job.quantized_inputs else 1
     replaced: dict[int, dict[str, Tensor]] = {}
+    weights: dict[int, Mapping[str, QuantizedWeight]] = {}
     with suspended(entry, modules, batches * chains) as frames:
         for position, index in enumerate(order):
             floats = [f for f in frames[: len(batches)] if _stands_at(f, index)]
@@ -116,15 +131,21 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
                 bank = RowBank.of(calls, [r.shape[0] for r in references])
                 result, restored = _quantize(job, index, bank, rows_of(references))
                 replaced[index] = _replacements(job, blocks[index], result.weights)
+                weights[index] = result.weights
                 del calls, references, bank
             else:
                 result = None
             last = position == len(order) - 1
             if not last:
-                _continue(modules[index], floats, outputs, quants, replaced[index])
+                with quantized_activations(
+                    modules[index], job.targets(blocks[index]), static_ranges(weights[index])
+                ):
+                    answers = _answers(modules[index], quants, replaced[index])
+                for frame, answer in zip([*floats, *quants], [*outputs, *answers], strict=True):
+                    frame.resume(answer)
             if left[index] == 0:
                 install(modules[index], replaced[index])
-                replaced[index] = {}
+                replaced[index], weights[index] = {}, {}
             if result is not None:
                 seconds = time.perf_counter() - began
                 yield BlockOutcome(index, blocks[index].name, result, seconds, restored)
@@ -134,23 +155,14 @@ def _stands_at(frame: Frame, index: int) -> bool:
     return frame.call is not None and frame.call.index == index
 
 
-def _continue(
-    block: nn.Module,
-    floats: list[Frame],
-    outputs: list[object],
-    quants: list[Frame],
-    weights: Mapping[str, Tensor],
-) -> None:
-    """Answer all frames that stand before a block, each chain with its own weights."""
-    answers: list[object] = []
-    for frame in quants:
+def _answers(block: nn.Module, frames: list[Frame], weights: Mapping[str, Tensor]) -> list[object]:
+    """Return what a block with quantized weights gives for the frames that stand before it."""
+    out: list[object] = []
+    for frame in frames:
         assert frame.call is not None
         with torch.no_grad():
-            answers.append(
-                functional_call(block, dict(weights), frame.call.args, frame.call.kwargs)
-            )
-    for frame, answer in zip([*floats, *quants], [*outputs, *answers], strict=True):
-        frame.resume(answer)
+            out.append(functional_call(block, dict(weights), frame.call.args, frame.call.kwargs))
+    return out
 
 
 def _quantize(
@@ -174,7 +186,16 @@ def _quantize(
         report=lambda step, steps, loss: job.report(index, step, steps, loss),
     )
     _check_finite(task)
-    return job.algorithm.quantize(task), False
+    task = dataclasses.replace(task, shared=shared_values(task))
+    if bank is not None:
+        task = dataclasses.replace(task, ranges=collect_ranges(task))
+    result = job.algorithm.quantize(task)
+    schemes = {t.ref.layer: t.scheme for t in targets}
+    weights = {
+        layer: with_range(weight, schemes[layer], task.ranges.get(layer))
+        for layer, weight in result.weights.items()
+    }
+    return dataclasses.replace(result, weights=weights), False
 
 
 def _replacements(

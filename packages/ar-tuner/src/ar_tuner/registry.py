@@ -15,6 +15,7 @@ from ar_tuner.errors import TunerError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ar_schemes import LayerPlan
     from ar_tuner.sink import Sink, SinkRequest
 
 
@@ -64,6 +65,20 @@ def find_adapter(config: Any) -> ModelAdapter:
     """Return the adapter for a model's configuration: a plugin's, or the generic rules."""
     found = host().first("ar_find_adapter", config=config)
     return GenericAdapter() if found is None else found
+
+
+def scheme_for_format(format: str) -> str | None:  # noqa: A002 - the user's word
+    """Return the preset that a format implies, or None."""
+    found: str | None = host().first("ar_scheme_for_format", format=format)
+    return found
+
+
+def adjust_plan(format: str, plan: LayerPlan, config: Any) -> LayerPlan:  # noqa: A002
+    """Return the plan as a format wants it."""
+    found: LayerPlan | None = host().first(
+        "ar_adjust_plan", format=format, plan=plan, config=config
+    )
+    return plan if found is None else found
 
 
 def open_sink(request: SinkRequest) -> Sink:

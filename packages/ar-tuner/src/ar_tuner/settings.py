@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+_SCALE_TYPES = ("float16", "bfloat16", "float32")
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -27,6 +28,7 @@ class Settings:
         recipe: `best`, `default`, `light` or `rtn`.
         iters, nsamples, seqlen, batch_size, lr, minmax_lr: override the recipe's.
         bits, group_size, sym: override the scheme's.
+        scale_dtype: type that scales of integers are stored in; None: float16.
         layer_config: layer name or pattern to a scheme name or a flat dict.
         ignore_layers: names or parts of names that stay in 16 bit (text: comma separated).
         quant_lm_head: quantize the output head.
@@ -54,6 +56,7 @@ class Settings:
     bits: int | None = None
     group_size: int | None = None
     sym: bool | None = None
+    scale_dtype: str | None = None
     layer_config: Mapping[str, Any] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] | str = ()
     quant_lm_head: bool = False
@@ -76,6 +79,8 @@ class Settings:
             raise TunerError(unknown_name("recipe", self.recipe, RECIPES))
         if self.scale_init not in ("search", "minmax"):
             raise TunerError(unknown_name("scale_init", self.scale_init, ("search", "minmax")))
+        if self.scale_dtype not in (None, *_SCALE_TYPES):
+            raise TunerError(unknown_name("scale_dtype", str(self.scale_dtype), _SCALE_TYPES))
         limits = {"iters": 0, "nsamples": 1, "seqlen": 2, "batch_size": 1}
         for name, least in limits.items():
             value = getattr(self, name)

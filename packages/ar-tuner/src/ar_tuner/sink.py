@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ar_tuner.errors import TunerError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -44,6 +46,27 @@ class SinkRequest:
     overwrite: bool = False
 
 
+def parse_formats(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the formats in a comma-separated string or a list.
+
+    Raises:
+        TunerError: none, or one twice.
+    """
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    out = tuple(p.strip() for p in parts if p.strip())
+    if not out or len(set(out)) < len(out):
+        msg = f"format {text!r} is not allowed: name at least one format, each once"
+        raise TunerError(msg)
+    return out
+
+
+def folders(output: Path, formats: Sequence[str]) -> dict[str, Path]:
+    """Return the directory of each format: the output itself, or one folder each inside it."""
+    if len(formats) == 1:
+        return {formats[0]: output}
+    return {f: output / f.replace(":", "-").replace("_", "-") for f in formats}
+
+
 class Sink(Protocol):
     """Receives weights as they become final and makes a checkpoint of them, whole or not at all."""
 
@@ -58,3 +81,29 @@ class Sink(Protocol):
 
     def abort(self) -> None:
         """Remove everything that was staged."""
+
+
+class Sinks:
+    """Several sinks that get the same weights: several formats of one run."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = list(sinks)
+
+    def put(self, name: str, weight: QuantizedWeight) -> None:
+        """Give every sink the weight of a layer."""
+        for sink in self._sinks:
+            sink.put(name, weight)
+
+    def put_tensor(self, name: str, tensor: Tensor) -> None:
+        """Give every sink a tensor that stays as it is."""
+        for sink in self._sinks:
+            sink.put_tensor(name, tensor)
+
+    def commit(self) -> list[Path]:
+        """Make every checkpoint visible, each whole, and return their directories."""
+        return [sink.commit() for sink in self._sinks]
+
+    def abort(self) -> None:
+        """Remove everything that was staged and is not visible yet."""
+        for sink in self._sinks:
+            sink.abort()

@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PLAN_OPTIONS = (
-    click.option("--scheme", default="W4A16", show_default=True, help="Preset; see `ar schemes`."),
+    click.option(
+        "--scheme",
+        help="Preset, see `ar schemes`; default: what the format implies, else W4A16.",
+    ),
     click.option("--bits", type=int, help="Instead of the scheme's bits."),
     click.option("--group-size", type=int, help="Instead of the scheme's; -1: one per channel."),
     click.option("--sym/--asym", "sym", default=None, help="Instead of the scheme's symmetry."),
+    click.option("--scale-dtype", help="Type of integer scales: float16, bfloat16, float32."),
     click.option(
         "--layer-config",
         metavar="JSON",
@@ -66,6 +70,8 @@ def layer_config(text: str) -> dict[str, Any]:
     return value
 
 
-def check_scheme(name: str, settings: dict[str, Any]) -> None:
+def check_scheme(name: str | None, settings: dict[str, Any]) -> None:
     """Refuse an unknown scheme or override before anything heavy is imported."""
+    if name is None:
+        return
     scheme(name).with_overrides({k: settings.get(k) for k in ("bits", "group_size", "sym")})

@@ -19,17 +19,28 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 @click.command()
 @click.argument("model")
+@click.option("--format", help="As written in this format, which may mix types over layers.")
 @plan_options
 @click.option("--all", "every", is_flag=True, help="One line per layer, blocks not joined.")
 @json_option
-def plan(model: str, scheme: str, every: bool, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+def plan(  # noqa: PLR0913 - one parameter per group of options
+    model: str,
+    format: str | None,  # noqa: A002
+    scheme: str | None,
+    every: bool,  # noqa: FBT001
+    as_json: bool,  # noqa: FBT001
+    **options: Any,
+) -> None:
     """Show what each layer of MODEL would get: scheme, bits, size and the reason."""
     settings = settings_from(options)
     check_scheme(scheme, settings)
     hush()
     from ar_tuner import AutoRound
 
-    made = AutoRound(model, scheme=scheme, **settings).plan()
+    job = AutoRound(model, scheme=scheme, **settings)
+    if format is not None:
+        job.write_as(format)
+    made = job.plan()
     if as_json:
         print_json({"layers": [_record(r) for r in made.rows], **_totals(made)})
         return

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 @click.option(
     "--output", "--out", "-o", type=click.Path(path_type=Path), required=True, help="Directory."
 )
-@click.option("--format", default="auto_round", show_default=True, help="See `ar formats`.")
+@click.option(
+    "--format",
+    default="auto_round",
+    show_default=True,
+    help="One or several, separated by commas; see `ar formats`.",
+)
 @plan_options
 @click.option("--recipe", default="default", show_default=True, help="best, default, light or rtn.")
 @click.option("--iters", type=int, help="Tuning steps per block; 0 rounds to nearest.")
@@ -57,7 +62,7 @@ def quantize(  # noqa: PLR0913 - one parameter per group of options
     demo: bool,  # noqa: FBT001
     no_verify: bool,  # noqa: FBT001
     as_json: bool,  # noqa: FBT001
-    scheme: str,
+    scheme: str | None,
     dataset: str | None,
     **options: Any,
 ) -> int:
@@ -69,6 +74,9 @@ def quantize(  # noqa: PLR0913 - one parameter per group of options
     check_scheme(scheme, settings)
     hush()
     if demo:
+        if "," in format:
+            msg = "--demo takes one --format"
+            raise click.UsageError(msg)
         from ar_cli.demo.run import run_demo
 
         return run_demo(output, format, scheme, dataset, settings, as_json=as_json)
@@ -85,7 +93,7 @@ def quantize_one(  # noqa: PLR0913
     model: str,
     output: Path,
     format: str,  # noqa: A002
-    scheme: str,
+    scheme: str | None,
     dataset: str | None,
     settings: dict[str, Any],
     *,
@@ -114,7 +122,6 @@ def quantize_one(  # noqa: PLR0913
     job = AutoRound(model, scheme=scheme, dataset=dataset, on_event=listen, **settings)
     _, path = job.quantize_and_save(output, format=format, check=check if checked else None)
     finished = seen["run_finished"]
-    report = reports[0] if reports else None
     source = job.source or Path(model)
     return {
         "output": str(path),
@@ -127,14 +134,15 @@ def quantize_one(  # noqa: PLR0913
         "bytes": _weight_bytes(path),
         "seconds": round(finished.seconds, 2),
         "peak_bytes": finished.peak_bytes,
-        "verified": None if report is None else report.ok,
-        "findings": [] if report is None else [vars(f) for f in report.findings],
-        "logits_difference": None if report is None else report.logits,
+        "verified": all(r.ok for r in reports) if reports else None,
+        "findings": [vars(f) for r in reports for f in r.findings],
+        "logits_difference": max((r.logits for r in reports if r.logits is not None), default=None),
     }
 
 
 def _weight_bytes(path: Path) -> int:
-    return sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    files = (f for f in path.rglob("*") if f.suffix in (".safetensors", ".gguf"))
+    return sum(f.stat().st_size for f in files)
 
 
 def _summary(facts: dict[str, Any]) -> None:

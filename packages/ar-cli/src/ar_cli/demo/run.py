@@ -25,7 +25,7 @@ SHARED = (
 def run_demo(  # noqa: PLR0913
     output: Path,
     format: str,  # noqa: A002
-    scheme: str,
+    scheme: str | None,
     dataset: str | None,
     settings: dict[str, Any],
     *,

@@ -111,3 +111,32 @@ class Format(Protocol):
 
     def suffixes(self, entry: LayerEntry) -> Collection[str]:
         """Return the tensor suffixes of a quantized layer."""
+
+
+@runtime_checkable
+class ImpliesScheme(Protocol):
+    """A format whose spellings name presets."""
+
+    def scheme_for(self, spelling: str) -> str | None:
+        """Return the preset that a spelling implies when the user names no scheme, or None."""
+
+
+@runtime_checkable
+class AdjustsPlan(Protocol):
+    """A format that decides what some layers get."""
+
+    def adjust(self, spelling: str, plan: LayerPlan, config: Mapping[str, Any]) -> LayerPlan:
+        """Return the plan with other schemes for some layers; rules of the user stay.
+
+        Raises:
+            ExportError: the format cannot hold such a model.
+        """
+
+
+@runtime_checkable
+class HoldsEmbeddings(Protocol):
+    """A format that can hold quantized embeddings."""
+
+    @property
+    def embeddings(self) -> str:
+        """Say how, in one line."""

@@ -20,19 +20,17 @@ class FakeFormat:
 
     name = "fake"
     spellings = ("fake",)
-    summary = "dequantized floats, for anything that opens the float model"
+    summary = "dequantized floats (weights only), for anything that opens the float model"
 
     def refuses(
         self,
         spelling: str,  # noqa: ARG002
-        scheme: Scheme,
+        scheme: Scheme,  # noqa: ARG002
         rows: int,  # noqa: ARG002
         columns: int,  # noqa: ARG002
     ) -> str | None:
         """Return why a layer cannot be carried, or None: every weight dequantizes."""
-        if scheme.activation is None:
-            return None
-        return "fake holds weights only; the activations would silently stay in 16 bit"
+        return None
 
     def config(self, request: Request) -> dict[str, Any] | None:  # noqa: ARG002
         """Return None: readers need not know."""

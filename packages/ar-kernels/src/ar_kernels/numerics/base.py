@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -47,11 +47,19 @@ class DataType(Protocol):
         *,
         low: Tensor | None = None,
         high: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
     ) -> Params:
         """Return the parameters for a weight.
 
         `low` and `high` (shape of the scale) multiply the smallest and the largest value of each
         group before the scale is computed (clip factors); None means 1. Differentiable in both.
+        `shared` holds what the weight has in common with others (see `shared`).
+        """
+
+    def shared(self, weights: Sequence[Tensor], spec: TensorSpec) -> dict[str, Tensor]:
+        """Return the parameters that layers which engines fuse must have in common, by name.
+
+        Most data types have none and return {}.
         """
 
     def rescale(self, params: Params, spec: TensorSpec, factor: Tensor) -> Params:
@@ -78,7 +86,12 @@ class DataType(Protocol):
         """
 
     def search(
-        self, weight: Tensor, spec: TensorSpec, *, importance: Tensor | None = None
+        self,
+        weight: Tensor,
+        spec: TensorSpec,
+        *,
+        importance: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
     ) -> Params:
         """Return parameters with less weighted squared error than `parameters(weight, spec)`.
 

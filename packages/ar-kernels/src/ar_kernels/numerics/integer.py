@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_kernels.numerics.base import Params
+from ar_kernels.numerics.checks import require_finite
 from ar_kernels.numerics.grouping import expand, grouped, ungrouped
 from ar_kernels.numerics.integer_fake_quant import IntegerFakeQuant
 from ar_kernels.numerics.integer_search import search_asymmetric, search_symmetric
 from ar_kernels.numerics.rounding import floored, round_ste, stored
-from ar_kernels.weight import KernelError, QuantizedWeight
+from ar_kernels.weight import QuantizedWeight
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import Tensor
 
     from ar_schemes import TensorSpec
@@ -43,6 +46,7 @@ class Integer:
         *,
         low: Tensor | None = None,
         high: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,  # noqa: ARG002
     ) -> Params:
         """Return scales (and zero points) from the smallest and largest value of each group."""
         smallest, largest = extremes(weight, spec)
@@ -82,7 +86,7 @@ class Integer:
         Raises:
             KernelError: the weight or a scale is not finite.
         """
-        _require_finite(weight, spec, params)
+        require_finite(weight, spec, params)
         with torch.no_grad():
             codes, zero = self._codes(weight.float(), spec, params, offset)
         zero_point = None if params.zero_point is None else params.zero_point.detach()
@@ -117,8 +121,17 @@ class Integer:
         )
         return ungrouped(fake, tuple(weight.shape), spec.granularity)
 
+    def shared(self, weights: Sequence[Tensor], spec: TensorSpec) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return the parameters that members of a fused group have in common: none."""
+        return {}
+
     def search(
-        self, weight: Tensor, spec: TensorSpec, *, importance: Tensor | None = None
+        self,
+        weight: Tensor,
+        spec: TensorSpec,
+        *,
+        importance: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,  # noqa: ARG002
     ) -> Params:
         """Return searched parameters: a grid of scales, then least squares, per group."""
         groups = grouped(weight.float(), spec.granularity)
@@ -142,22 +155,6 @@ class Integer:
             return rounded.clamp(-peak, peak - 1), float(peak)
         zero = expand(params.zero_point, shape, spec.granularity)
         return (rounded + zero).clamp(0, 2**spec.bits - 1) - zero, zero
-
-
-def _require_finite(weight: Tensor, spec: TensorSpec, params: Params) -> None:
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        msg = (
-            f"the weight of shape {list(weight.shape)} holds {bad} NaN or infinite values and "
-            "cannot be quantized; keep the layer in 16 bits or mend the source checkpoint"
-        )
-        raise KernelError(msg)
-    if not torch.isfinite(params.scale).all():
-        msg = (
-            f"a weight of magnitude {float(weight.abs().max()):.3g} needs a scale beyond the range "
-            f"of {spec.scale_dtype} with {spec}; keep the layer in 16 bits"
-        )
-        raise KernelError(msg)
 
 
 def extremes(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ar_kernels.numerics.elements import Element
     from ar_schemes import TensorSpec
 
 SMALLEST_SCALE = 1e-5
@@ -44,6 +45,21 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
         return grad, None
+
+
+class _ToElement(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, element: Element) -> Tensor:  # noqa: ARG004
+        return element.round(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
+def round_to(x: Tensor, element: Element) -> Tensor:
+    """Return `x` rounded to values of an element; the gradient passes through."""
+    return _ToElement.apply(x, element)
 
 
 def stored(scale: Tensor, spec: TensorSpec) -> Tensor:

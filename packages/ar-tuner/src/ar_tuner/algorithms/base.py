@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch.func import functional_call
 
+from ar_tuner.activations import quantized_activations
 from ar_tuner.walk import hidden
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class BlockTask:
         reference: float output rows [T, H] that the quantized block should give; empty likewise.
         settings: numbers of the loop.
         report: called with (step, steps, loss) now and then.
+        shared: by layer, parameters that it must have in common with others.
+        ranges: by layer, the range of its activations where the scheme fixes it beforehand.
     """
 
     block: nn.Module
@@ -77,6 +80,8 @@ class BlockTask:
     reference: Sequence[Tensor]
     settings: TuneSettings
     report: Callable[[int, int, float], None]
+    shared: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    ranges: Mapping[str, Tensor] = field(default_factory=dict)
 
     def weight(self, target: Target) -> Tensor:
         """Return a target's float weight as [O, I] (a view)."""
@@ -86,11 +91,13 @@ class BlockTask:
     def run(self, weights: Mapping[str, Tensor], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return (output, reference) [B, T, H] of the block for some rows.
 
-        `weights` maps parameter names of the block to their replacements.
+        `weights` maps parameter names of the block to their replacements; with any of them,
+        activations are quantized as the schemes say.
         """
         assert self.inputs is not None
         args, kwargs = self.inputs.take(rows)
-        output = hidden(functional_call(self.block, dict(weights), args, kwargs))
+        with quantized_activations(self.block, self.targets if weights else (), self.ranges):
+            output = hidden(functional_call(self.block, dict(weights), args, kwargs))
         return output, torch.stack([self.reference[r] for r in rows])
 
 

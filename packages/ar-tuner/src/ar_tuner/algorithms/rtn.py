@@ -8,6 +8,8 @@ from ar_kernels import data_type
 from ar_tuner.algorithms.base import BlockResult
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from ar_kernels import QuantizedWeight
@@ -22,12 +24,25 @@ class Rtn:
 
     def quantize(self, task: BlockTask) -> BlockResult:
         """Return each weight rounded to the nearest code of the scheme's own scale."""
-        return BlockResult({t.ref.layer: nearest(t, task.weight(t)) for t in task.targets})
+        return BlockResult(nearest_of(task))
 
 
-def nearest(target: Target, weight: Tensor) -> QuantizedWeight:
-    """Return a weight rounded to nearest under its scheme."""
+def nearest_of(task: BlockTask) -> dict[str, QuantizedWeight]:
+    """Return every target of a block rounded to nearest, by layer name."""
+    return {
+        t.ref.layer: nearest(t, task.weight(t), shared=task.shared.get(t.ref.layer))
+        for t in task.targets
+    }
+
+
+def nearest(
+    target: Target, weight: Tensor, *, shared: Mapping[str, Tensor] | None = None
+) -> QuantizedWeight:
+    """Return a weight rounded to nearest under its scheme.
+
+    `shared` holds parameters that it has in common with others, where the data type has any.
+    """
     spec = target.scheme.weight
     assert spec is not None
     kind = data_type(spec.data_type)
-    return kind.quantize(weight, spec, kind.parameters(weight, spec))
+    return kind.quantize(weight, spec, kind.parameters(weight, spec, shared=shared))

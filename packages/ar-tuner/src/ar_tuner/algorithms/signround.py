@@ -15,7 +15,7 @@ import torch
 from ar_kernels import data_type
 from ar_tuner.algorithms.base import BlockResult, BlockTask, Target, TuneSettings, as_parameter
 from ar_tuner.algorithms.importance import input_energy
-from ar_tuner.algorithms.rtn import nearest
+from ar_tuner.algorithms.rtn import nearest_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +37,7 @@ class Tunables:
 
     `offset` [O, I] is added before rounding; `low` and `high` (shape of the scale) are clip
     factors of the smallest and largest value, or, where `base` holds searched parameters, `high`
-    alone multiplies their scale.
+    alone multiplies their scale. `shared` are parameters held in common with other layers.
     """
 
     target: Target
@@ -46,6 +46,7 @@ class Tunables:
     low: Tensor
     high: Tensor
     base: Params | None
+    shared: Mapping[str, Tensor] | None = None
 
     def params(self) -> Params:
         """Return the parameters that the clip factors stand for, differentiable."""
@@ -53,7 +54,9 @@ class Tunables:
         assert spec is not None
         kind = data_type(spec.data_type)
         if self.base is None:
-            return kind.parameters(self.weight, spec, low=self.low, high=self.high)
+            return kind.parameters(
+                self.weight, spec, low=self.low, high=self.high, shared=self.shared
+            )
         return kind.rescale(self.base, spec, self.high)
 
     def fake_quant(self) -> Tensor:
@@ -81,7 +84,7 @@ class SignRound:
     def quantize(self, task: BlockTask) -> BlockResult:
         """Return the tuned weights of a block."""
         assert task.inputs is not None
-        plain = {t.ref.layer: nearest(t, task.weight(t)) for t in task.targets}
+        plain = nearest_of(task)
         before = block_error(task, plain)
         if task.settings.iters == 0:
             return BlockResult(plain, before, before)
@@ -89,6 +92,8 @@ class SignRound:
         tune(task, tunables)
         tuned = {t.target.ref.layer: t.quantize() for t in tunables}
         after = block_error(task, tuned)
+        if after > before:  # wide types have nothing to gain and may drift
+            return BlockResult(plain, before, before)
         return BlockResult(tuned, before, after)
 
 
@@ -105,7 +110,12 @@ def start(task: BlockTask) -> list[Tunables]:
         base = None
         if task.settings.scale_init == "search":
             kind = data_type(spec.data_type)
-            base = kind.search(weight, spec, importance=energy.get(target.ref.layer))
+            base = kind.search(
+                weight,
+                spec,
+                importance=energy.get(target.ref.layer),
+                shared=task.shared.get(target.ref.layer),
+            )
         shape = spec.granularity.scale_shape(*weight.shape[-2:])
         ones = torch.ones(shape, device=weight.device)
         out.append(
@@ -116,6 +126,7 @@ def start(task: BlockTask) -> list[Tunables]:
                 low=ones.clone().requires_grad_(base is None and task.settings.minmax_tuning),
                 high=ones.clone().requires_grad_(task.settings.minmax_tuning),
                 base=base,
+                shared=task.shared.get(target.ref.layer),
             )
         )
     return out

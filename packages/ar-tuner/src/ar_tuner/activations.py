@@ -1,0 +1,128 @@
+"""Activations quantized as the schemes say, while blocks are tuned and chained.
+
+Hooks on the linear layers for the time of a call: no module is replaced, nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from ar_kernels.numerics.activation import fake_quant_activation, static_scale
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import Scheme, TensorSpec
+    from ar_tuner.algorithms.base import BlockTask, Target
+
+    Hook = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
+
+STATIC_GLOBAL = "nv_fp4_with_static_gs"
+"""Activations with a global scale collected beforehand and block scales found at run time."""
+STEP, GLOBAL = "input_scale", "input_global_scale"
+
+
+def is_static(scheme: Scheme) -> bool:
+    """Tell whether the range of a layer's activations is collected beforehand."""
+    return scheme.activation is not None and _is_static(scheme.activation)
+
+
+def _is_static(spec: TensorSpec) -> bool:
+    return not spec.dynamic or spec.data_type == STATIC_GLOBAL
+
+
+def with_range(weight: QuantizedWeight, scheme: Scheme, value: Tensor | None) -> QuantizedWeight:
+    """Return the weight with the range of its activations, under the name formats store it by."""
+    if value is None or scheme.activation is None:
+        return weight
+    name = GLOBAL if scheme.activation.data_type == STATIC_GLOBAL else STEP
+    return replace(weight, extra={**weight.extra, name: value})
+
+
+def static_ranges(weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    """Return the ranges that quantized weights carry, by layer."""
+    return {
+        layer: weight.extra[name]
+        for layer, weight in weights.items()
+        for name in (STEP, GLOBAL)
+        if name in weight.extra
+    }
+
+
+def collect_ranges(task: BlockTask) -> dict[str, Tensor]:
+    """Return the range of the activations of each layer that has a static one, by layer name.
+
+    The largest magnitude over all calibration rows; members of a fused group share the largest.
+    A layer that saw nothing (an expert no token went to) gets the largest of the others.
+    """
+    static = [t for t in task.targets if is_static(t.scheme)]
+    if not static or task.inputs is None:
+        return {}
+    peaks: dict[str, Tensor] = {}
+
+    def watch(layer: str) -> Hook:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG001
+            if args[0].numel():
+                peak = args[0].detach().float().abs().amax()
+                peaks[layer] = torch.maximum(peaks.get(layer, peak), peak)
+
+        return hook
+
+    with _hooked(task.block, {t: watch(t.ref.layer) for t in static}), torch.no_grad():
+        for rows in task.inputs.chunks(task.inputs.rows, task.settings.batch_size):
+            task.run({}, rows)
+    if not peaks:
+        return {}
+    most = torch.stack(list(peaks.values())).amax()
+    from ar_tuner.fused import fused_groups
+
+    for group in fused_groups([t.ref.layer for t in static]):
+        seen = [peaks[layer] for layer in group if layer in peaks]
+        for layer in group:
+            peaks[layer] = torch.stack(seen).amax() if seen else most
+    out = {}
+    for t in static:
+        assert t.scheme.activation is not None
+        out[t.ref.layer] = static_scale(peaks[t.ref.layer], t.scheme.activation).reshape(1)
+    return out
+
+
+@contextlib.contextmanager
+def quantized_activations(
+    block: nn.Module, targets: Sequence[Target], ranges: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Quantize what the targets of a block are given, as long as the context lasts."""
+
+    def quantize(spec: TensorSpec, static: Tensor | None) -> Hook:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
+            x = args[0]
+            return (fake_quant_activation(x, spec, static=static).to(x.dtype), *args[1:])
+
+        return hook
+
+    hooks = {
+        t: quantize(t.scheme.activation, ranges.get(t.ref.layer))
+        for t in targets
+        if t.scheme.activation is not None
+    }
+    with _hooked(block, hooks):
+        yield
+
+
+@contextlib.contextmanager
+def _hooked(block: nn.Module, hooks: Mapping[Target, Hook]) -> Iterator[None]:
+    handles = []
+    try:
+        for target, hook in hooks.items():
+            module = block.get_submodule(target.ref.parameter.rpartition(".")[0])
+            handles.append(module.register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
