@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from ar_kernels.backends.dense import Dense
 from ar_kernels.backends.reference import Reference
 from ar_kernels.hookspecs import hookimpl
+from ar_kernels.layouts.awq import AwqLayout
+from ar_kernels.layouts.compressed_int import CompressedInt, CompressedPack
+from ar_kernels.layouts.float_layouts import FLOAT_LAYOUTS
 from ar_kernels.layouts.gptq import GPTQ, GPTQ_G_IDX, GPTQ_V2, GPTQ_V2_G_IDX
 from ar_kernels.numerics.fp8 import Fp8
 from ar_kernels.numerics.integer import Integer
@@ -34,7 +37,11 @@ def ar_register_data_types() -> list[DataType]:
 @hookimpl
 def ar_register_layouts() -> list[Layout]:
     """Return the built-in layouts."""
-    return [GPTQ, GPTQ_V2, GPTQ_G_IDX, GPTQ_V2_G_IDX]
+    return [
+        *(GPTQ, GPTQ_V2, GPTQ_G_IDX, GPTQ_V2_G_IDX),
+        *(AwqLayout(), CompressedPack(), CompressedInt()),
+        *FLOAT_LAYOUTS,
+    ]
 
 
 @hookimpl

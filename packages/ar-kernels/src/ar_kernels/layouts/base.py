@@ -44,3 +44,17 @@ class Layout(Protocol):
         self, tensors: Mapping[str, Tensor], spec: TensorSpec, rows: int, columns: int
     ) -> QuantizedWeight:
         """Return the weight; the exact inverse of `pack`."""
+
+
+@runtime_checkable
+class HasOptional(Protocol):
+    """A layout with tensors that a checkpoint may have or not: ranges of static activations."""
+
+    @property
+    def optional(self) -> Mapping[str, TensorFact]:
+        """Shapes and types by suffix."""
+
+
+def optional_of(layout: Layout) -> Mapping[str, TensorFact]:
+    """Return the tensors that a layout may have beside those it needs."""
+    return layout.optional if isinstance(layout, HasOptional) else {}

@@ -45,6 +45,8 @@ class GptqLayout:
             return f"{self.name} holds int of 2 to 8 bits, not {spec.data_type}{spec.bits}"
         if spec.granularity.span not in ("group", "channel"):
             return f"{self.name} holds one scale per group or channel, not per {spec.granularity}"
+        if spec.scale_dtype != "float16":
+            return f"{self.name} holds scales in float16, not {spec.scale_dtype}"
         if rows % _ALIGN or columns % _ALIGN:
             return f"shape [{rows}, {columns}] is not a multiple of {_ALIGN}"
         if columns % spec.granularity.region(rows, columns)[1]:
