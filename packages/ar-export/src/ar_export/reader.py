@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ar_export.formats.base import LayerEntry
+    from ar_export.formats.base import Format, LayerEntry
     from ar_kernels import QuantizedWeight
 
 
@@ -118,17 +118,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(quantization, dict):
         msg = f"{path / 'config.json'}: quantization_config must be an object"
         raise ExportError(msg)
-    for found in formats().values():
-        if found.reads(quantization):
-            try:
-                layers = found.layers(quantization, shapes)
-            except ExportError as error:
-                msg = f"{path}: {error}"
-                raise ExportError(msg) from error
-            return Checkpoint(path, config, quantization, found.name, files, shapes, layers)
-    method = quantization.get("quant_method")
-    msg = f"{path}: no installed format reads quant_method {method!r}; see `ar formats`"
-    raise ExportError(msg)
+    found = format_of(quantization)
+    if found is None:
+        method = quantization.get("quant_method")
+        msg = f"{path}: no installed format reads quant_method {method!r}; see `ar formats`"
+        raise ExportError(msg)
+    try:
+        layers = found.layers(quantization, shapes)
+    except ExportError as error:
+        msg = f"{path}: {error}"
+        raise ExportError(msg) from error
+    return Checkpoint(path, config, quantization, found.name, files, shapes, layers)
+
+
+def format_of(quantization: Mapping[str, Any]) -> Format | None:
+    """Return the format that reads a `quantization_config`, or None.
+
+    Third parties are asked before ours, as for every choice: a plugin may refine a method of ours
+    (`quant_method` auto-round with a bit order of its own).
+    """
+    claims = (found for found in reversed(list(formats().values())) if found.reads(quantization))
+    return next(claims, None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
