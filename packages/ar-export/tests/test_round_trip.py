@@ -41,7 +41,7 @@ def test_mixed_widths_skipped_layers_and_a_head_are_said_in_the_config(make) -> 
     ("spelling", "sym", "packing"),
     [
         ("auto_round", True, "auto_round:auto_gptq"),
-        ("auto_round", False, "auto_round"),
+        ("auto_round", False, "auto_round:auto_awq"),
         ("auto_round:auto_gptq", True, "auto_round:auto_gptq"),
         ("auto_round:gptqmodel", True, "auto_round:gptqmodel"),
     ],

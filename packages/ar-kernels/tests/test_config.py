@@ -87,8 +87,8 @@ def test_gptq_rules_change_and_skip() -> None:
     ("changes", "message"),
     [
         ({"quant_method": "mystery"}, "unknown quant_method 'mystery'"),
-        ({"packing_format": "auto_round:awq"}, "unknown packing_format"),
-        ({"data_type": "mx_fp"}, "data type 'mx_fp' is not known here"),
+        ({"packing_format": "auto_round:nosuch"}, "unknown packing_format"),
+        ({"data_type": "nosuch"}, "data type 'nosuch' is not known here"),
         ({"act_bits": 8, "act_data_type": "int"}, "activations in int8 are not computed here"),
         ({"extra_config": {"(": {"bits": 8}}}, "nor a regular expression"),
         ({"checkpoint_format": "marlin"}, "unknown checkpoint_format"),

@@ -289,10 +289,10 @@ def test_ar_backend_and_the_user_s_config_choose_the_backend(tmp_path, monkeypat
     ("change", "message"),
     [
         ({"packing_format": "auto_round:mlx9"}, r"unknown packing_format .*auto_round:auto_gptq"),
-        ({"data_type": "mx_fp", "act_bits": 4}, r"cannot be opened.*Known data types: int"),
+        ({"data_type": "mx_fp", "act_bits": 4}, r"cannot be opened.*activations in mx_fp4"),
         ({"bits": 8}, r"14 layers of .*qweight of int8 group32 must have shape"),
         ({"group_size": 64}, "14 layers"),
-        ({"group_size": [128, 128], "data_type": "fp"}, "data type 'fp' is not known"),
+        ({"group_size": [128, 128], "data_type": "nosuch"}, "data type 'nosuch' is not known"),
         ({"extra_config": {"q_proj": {"bits": 16}}}, r"2 layers .*16 bit, the files hold packed"),
     ],
     ids=["packing", "data-type", "bits", "group-size", "tile", "float-but-packed"],

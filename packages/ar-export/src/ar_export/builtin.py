@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ar_export.formats.auto_awq import AutoAwqFormat
+from ar_export.formats.auto_gptq import AutoGptqFormat
 from ar_export.formats.auto_round import AutoRoundFormat
 from ar_export.formats.fake import FakeFormat
+from ar_export.formats.fp8 import Fp8Format
+from ar_export.formats.llm_compressor import LlmCompressorFormat
 from ar_export.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -15,4 +19,7 @@ if TYPE_CHECKING:
 @hookimpl
 def ar_register_formats() -> list[Format]:
     """Return the built-in formats."""
-    return [AutoRoundFormat(), FakeFormat()]
+    return [
+        *(AutoRoundFormat(), AutoGptqFormat(), AutoAwqFormat()),
+        *(LlmCompressorFormat(), Fp8Format(), FakeFormat()),
+    ]

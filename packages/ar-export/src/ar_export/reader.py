@@ -11,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 
 from ar_export.errors import ExportError
 from ar_export.registry import formats
+from ar_export.writer import ELEMENT_TYPES
 from ar_kernels import KernelError, layout
+from ar_kernels.layouts.base import TensorFact, optional_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +35,7 @@ class Checkpoint:
         quantization_config: None for a float checkpoint.
         format: name of the format, `float` without a quantization config.
         files: tensor name to file.
-        shapes: tensor name to shape.
+        facts: tensor name to shape and type.
         quantized: layer name to how it is stored.
     """
 
@@ -42,8 +44,13 @@ class Checkpoint:
     quantization_config: Mapping[str, Any] | None
     format: str
     files: Mapping[str, Path]
-    shapes: Mapping[str, tuple[int, ...]]
+    facts: Mapping[str, TensorFact]
     quantized: Mapping[str, LayerEntry]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name to shape."""
+        return {name: fact.shape for name, fact in self.facts.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,8 +94,13 @@ class Checkpoint:
         order = layout(entry.layout)
         tensors = {}
         try:
-            for suffix, fact in order.facts(spec, entry.rows, entry.columns).items():
+            facts = dict(order.facts(spec, entry.rows, entry.columns))
+            facts |= {k: v for k, v in optional_of(order).items() if f"{layer}.{k}" in self.files}
+            for suffix, fact in facts.items():
                 tensor = self.tensor(f"{layer}.{suffix}")
+                if suffix in optional_of(order):  # other writers use the model's type, or a scalar
+                    tensors[suffix] = tensor
+                    continue
                 if tuple(tensor.shape) != fact.shape or tensor.dtype != fact.dtype:
                     msg = (
                         f"{layer}.{suffix} is {tensor.dtype} {list(tensor.shape)}, but its scheme "
@@ -112,9 +124,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     quantization = config.get("quantization_config")
     if quantization is None and (path / "quantization_config.json").is_file():
         quantization = read_json(path / "quantization_config.json")
-    files, shapes = _tensors(path)
+    files, facts = _tensors(path)
     if quantization is None:
-        return Checkpoint(path, config, None, "float", files, shapes, {})
+        return Checkpoint(path, config, None, "float", files, facts, {})
     if not isinstance(quantization, dict):
         msg = f"{path / 'config.json'}: quantization_config must be an object"
         raise ExportError(msg)
@@ -124,11 +136,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         msg = f"{path}: no installed format reads quant_method {method!r}; see `ar formats`"
         raise ExportError(msg)
     try:
-        layers = found.layers(quantization, shapes)
+        layers = found.layers(quantization, facts)
     except ExportError as error:
         msg = f"{path}: {error}"
         raise ExportError(msg) from error
-    return Checkpoint(path, config, quantization, found.name, files, shapes, layers)
+    return Checkpoint(path, config, quantization, found.name, files, facts, layers)
 
 
 def format_of(quantization: Mapping[str, Any]) -> Format | None:
@@ -162,7 +174,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _tensors(path: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+def _tensors(path: Path) -> tuple[dict[str, Path], dict[str, TensorFact]]:
     index = path / "model.safetensors.index.json"
     names: list[str]
     declared: dict[str, str] | None = None
@@ -175,14 +187,14 @@ def _tensors(path: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
     else:
         names = ["model.safetensors"]
     files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    facts: dict[str, TensorFact] = {}
     for name in names:
         file = _inside(path, name, index)
-        for key, shape in _header(file).items():
-            files[key], shapes[key] = file, shape
+        for key, fact in _header(file).items():
+            files[key], facts[key] = file, fact
     if declared is not None:
         _check_index(index, declared, files)
-    return files, shapes
+    return files, facts
 
 
 def _inside(path: Path, name: str, index: Path) -> Path:
@@ -198,13 +210,18 @@ def _inside(path: Path, name: str, index: Path) -> Path:
     return file
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
+def _header(file: Path) -> dict[str, TensorFact]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return {
-                key: tuple(opened.get_slice(key).get_shape())
-                for key in opened.keys()  # noqa: SIM118 - not a dict
-            }
+            out = {}
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                part = opened.get_slice(key)
+                dtype = ELEMENT_TYPES.get(part.get_dtype())
+                if dtype is None:
+                    msg = f"{file}: tensor {key} is of type {part.get_dtype()}, not known here"
+                    raise ExportError(msg)
+                out[key] = TensorFact(tuple(part.get_shape()), dtype)
+            return out
     except (SafetensorError, OSError) as error:
         msg = f"{file} is not a whole safetensors file: {error}"
         raise ExportError(msg) from error

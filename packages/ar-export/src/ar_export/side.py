@@ -42,13 +42,18 @@ def _wanted(path: Path, config: Mapping[str, Any]) -> bool:
 
 
 def write_configs(
-    target: Path, config: Mapping[str, Any], quantization: Mapping[str, Any] | None
+    target: Path,
+    config: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
+    *,
+    names: tuple[str, ...] = (),
 ) -> None:
-    """Write config.json, and the quantization config a second time under its own name."""
+    """Write config.json, and the quantization config again under names that readers look for."""
     document = {k: v for k, v in config.items() if k != "quantization_config"}
     if quantization is not None:
         document["quantization_config"] = dict(quantization)
-        write_json(target / "quantization_config.json", quantization)
+        for name in ("quantization_config.json", *names):
+            write_json(target / name, quantization)
     write_json(target / "config.json", document)
 
 

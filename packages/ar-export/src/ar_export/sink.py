@@ -8,11 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
-import torch
 
 from ar_export.errors import ExportError
 from ar_export.folder import StagedFolder
-from ar_export.formats.base import AdjustsPlan, HoldsEmbeddings, ImpliesScheme, Request
+from ar_export.formats.base import (
+    AdjustsPlan,
+    HoldsEmbeddings,
+    ImpliesScheme,
+    NamesConfigs,
+    Request,
+    SetsDtype,
+)
+from ar_export.formats.dtypes import config_dtype
 from ar_export.registry import formats
 from ar_export.side import copy_side_files, write_configs
 from ar_export.writer import ShardWriter
@@ -134,7 +141,12 @@ class SafetensorsSink:
             copy_side_files(request.source, folder, request.config)
         if request.side is not None:
             request.side(folder)
-        write_configs(folder, request.config, self._config)
+        config = dict(request.config)
+        if isinstance(self._format, SetsDtype):
+            config.pop("torch_dtype", None)
+            config["dtype"] = self._format.dtype
+        names = self._format.config_names if isinstance(self._format, NamesConfigs) else ()
+        write_configs(folder, config, self._config, names=names)
         return self._folder.commit()
 
     def abort(self) -> None:
@@ -157,11 +169,3 @@ class SafetensorsSink:
         if output == source.resolve() or output in source.resolve().parents:
             msg = f"output {str(output)!r} would replace the source checkpoint {str(source)!r}"
             raise ExportError(msg)
-
-
-def config_dtype(config: Any) -> torch.dtype:
-    """Return the float type a config names, float32 where it names none."""
-    text = config.get("text_config") or {}
-    name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"
-    found = getattr(torch, str(name).removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) else torch.float32

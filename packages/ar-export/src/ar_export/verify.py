@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ar_export.errors import ExportError
+from ar_export.formats.packed import suffixes_of
 from ar_export.opening import open_model
 from ar_export.reader import open_checkpoint
-from ar_kernels import equal, layout
+from ar_kernels import equal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest difference of logits, relative to their largest magnitude, by type of the model: sums
 are made in another order, and bfloat16 keeps eight bits of each."""
-_PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
+_PACKED = (
+    *(".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale"),
+    *(".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".input_scale"),
+)
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,9 @@ def _structure(found: Checkpoint) -> Iterator[Finding]:
     """Yield what names and configs give away."""
     known: set[str] = set()
     for name, entry in found.quantized.items():
-        spec = entry.scheme.weight
-        assert spec is not None
-        known |= {
-            f"{name}.{s}" for s in layout(entry.layout).facts(spec, entry.rows, entry.columns)
-        }
-        if f"{name}.weight" in found.files:
+        mine = {f"{name}.{suffix}" for suffix in suffixes_of(entry)}
+        known |= mine
+        if f"{name}.weight" in found.files and f"{name}.weight" not in mine:
             yield Finding("error", "both packed and float weights are stored", name)
     for key in found.names:
         if key.endswith(_PACKED) and key not in known:

@@ -38,7 +38,13 @@ _TYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
 }
+ELEMENT_TYPES = {name: dtype for dtype, name in _TYPES.items()}
+"""Element types of safetensors files, by the name in their headers."""
 _CHUNK = 16 * 2**20
 
 

@@ -121,11 +121,11 @@ def equal(a: QuantizedWeight, b: QuantizedWeight) -> bool:
         a.spec == b.spec
         and mine.keys() == theirs.keys()
         and all(mine[k].dtype == theirs[k].dtype for k in mine)
-        and all(torch.equal(_bits(mine[k]), _bits(theirs[k])) for k in mine)
+        and all(torch.equal(bits(mine[k]), bits(theirs[k])) for k in mine)
     )
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
     """Return 8-bit floats as bytes, which torch can compare."""
     narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
     return tensor.contiguous().view(torch.uint8) if narrow else tensor

@@ -210,7 +210,8 @@ class AutoRound:
         plan = make_plan([*layers, *self._strangers(model, layers)], rules)
         for name in self._formats:
             plan = adjust_plan(name, plan, self._config(model))
-        plan = with_scale_dtype(plan, self.settings.scale_dtype)
+        shared = "float16" if len(self._formats) > 1 else None  # what every format can hold
+        plan = with_scale_dtype(plan, self.settings.scale_dtype or shared)
         _check_computable(plan)
         return adapter, discovery, plan
 

@@ -1,4 +1,4 @@
-"""Format `auto_round`: integer weights in GPTQ bit order, `quant_method` auto-round.
+"""Format `auto_round`: `quant_method` auto-round, in all its packings.
 
 Read by Transformers (with auto-round or ar-kernels), vLLM and SGLang. Key by key it follows what
 auto-round 0.16.1 writes.
@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ar_export.errors import ExportError
-from ar_export.formats.base import LayerEntry
-from ar_kernels import KernelError, layout
-from ar_kernels.hf.config import parse
-from ar_schemes import SchemeError, unknown_name
+from ar_export.formats.auto_gptq import integer_layers
+from ar_export.formats.packed import default_scheme, require_quantized, skipped, suffixes_of
+from ar_export.formats.scales import with_scales_of
+from ar_kernels import layout
+from ar_kernels.hf.config import packed_layout
+from ar_schemes import Span, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -20,65 +22,82 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ar_export.formats.base import Request
+    from ar_export.formats.base import LayerEntry, Request
     from ar_kernels import QuantizedWeight
+    from ar_kernels.layouts.base import TensorFact
     from ar_schemes import LayerPlan, Scheme
 
 _SKIPPED = {"bits": 16, "data_type": "fp"}
-_WORD = 32
-_SCALES = "float16"
-_SYMMETRIC = "auto_round:auto_gptq"
-_LAYOUTS = {
-    _SYMMETRIC: "gptq",
-    "auto_round": "gptq_v2",
-    "auto_round:gptqmodel": "gptq_v2_g_idx",
-}
+_GPTQ, _PLAIN, _V2 = "auto_round:auto_gptq", "auto_round", "auto_round:gptqmodel"
+_AWQ, _CT, _E5M3 = (
+    "auto_round:auto_awq",
+    "auto_round:llm_compressor",
+    "auto_round:llm_compressor_nvfp4_e5m3",
+)
+_STATIC, _BLOCK = "auto_round:fp8_static", "auto_round:fp8"
 _WRITTEN_FOR = "0.16.1"
 """Version of the reference implementation whose config this is; readers take it as a hint."""
+_INTEGER = (_GPTQ, _PLAIN, _V2, _AWQ)
+_FLOATS = {"mx_fp": _CT, "nv_fp": _CT, "nvfp4_v2": _E5M3, "mx_int": _PLAIN}
 
 
 class AutoRoundFormat:
-    """Integer weights of 2 to 8 bits, mixed widths allowed."""
+    """Format `auto_round`."""
 
     name = "auto_round"
-    spellings = ("auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel")
-    summary = "int 2-8 bits; Transformers (auto-round or ar-kernels), vLLM and SGLang (4, 8 bits)"
+    spellings = (_PLAIN, _GPTQ, _V2, _AWQ, _CT, _BLOCK)
+    summary = "int 2-8 bits, MXFP4/8, NVFP4, FP8; auto-round, ar-kernels, vLLM, SGLang (int 4, 8)"
 
     def refuses(self, spelling: str, scheme: Scheme, rows: int, columns: int) -> str | None:
         """Return why a layer [rows, columns] cannot be carried, or None."""
-        if scheme.weight is None:
+        spec = scheme.weight
+        if spec is None:
             return None
-        if scheme.activation is not None:
-            return "auto_round carries weight-only int schemes here, not quantized activations"
-        if spelling == _SYMMETRIC and not scheme.weight.symmetric:
-            return "auto_round:auto_gptq holds symmetric weights; use auto_round for asymmetric"
-        if scheme.weight.scale_dtype != _SCALES:
-            return f"auto_round holds scales in {_SCALES}, not {scheme.weight.scale_dtype}"
-        order = _LAYOUTS[_packing(spelling, [scheme])]
-        return layout(order).refuses(scheme.weight, rows, columns)
+        why = _refusal(scheme)
+        if why is not None:
+            return why
+        packing = _packing(spelling, [scheme])
+        wanted = _packing(_PLAIN, [scheme])
+        if spec.data_type != "int":
+            if spelling not in (_PLAIN, wanted):
+                return f"{spelling} does not hold {spec.data_type}; use {_PLAIN}"
+        elif spelling == _GPTQ and not spec.symmetric:
+            return f"{_GPTQ} holds symmetric weights; use auto_round for asymmetric"
+        elif packing not in _INTEGER:
+            return f"{spelling} does not hold weight-only integers; use {_PLAIN}"
+        return layout(packed_layout(packing, scheme)).refuses(spec, rows, columns)
+
+    def adjust(self, spelling: str, plan: LayerPlan, config: Mapping[str, Any]) -> LayerPlan:  # noqa: ARG002
+        """Return the plan with FP8 scales per channel in the model's type, as readers hold them."""
+        static = all(
+            r.scheme.weight is None or r.scheme.weight.granularity.span is Span.CHANNEL
+            for r in plan.quantized
+        )
+        return with_scales_of(plan, config, ("fp",)) if static else plan
 
     def config(self, request: Request) -> dict[str, Any]:
         """Return the `quantization_config` to write.
 
         Raises:
-            ExportError: no layer of the plan is quantized, or the spelling is not ours.
+            ExportError: no layer is quantized, or their schemes need different packings.
         """
+        require_quantized(request)
         quantized = [row.scheme for row in request.plan.quantized]
-        if not quantized:
-            msg = (
-                f"format {request.format}: the plan quantizes no layer, so there is nothing to "
-                "pack. Choose another scheme, or write the floats with format fake."
-            )
-            raise ExportError(msg)
-        flat = _default(request.plan).to_dict()
+        default = default_scheme(request.plan)
+        flat = default.to_dict()
+        packing = _packing(request.format, quantized)
+        _check_one_packing(request, packing)
         out: dict[str, Any] = {k: v for k, v in request.facts.items() if v is not None}
+        out |= {"quant_method": "auto-round", "packing_format": packing, **flat}
+        if default.weight is not None and default.weight.data_type == "fp":
+            act = default.activation
+            out |= {"fmt": "e4m3"}
+            if act is not None:
+                out["activation_scheme"] = "dynamic" if act.dynamic else "static"
+            if default.weight.granularity.span is Span.TILE:
+                out["weight_block_size"] = list(default.weight.granularity.size)
+                out["ignored_layers"] = skipped(request.plan)
         out |= {
-            "quant_method": "auto-round",
-            "packing_format": _packing(request.format, quantized),
-            "bits": flat["bits"],
-            "group_size": flat["group_size"],
-            "sym": flat["sym"],
-            "data_type": flat["data_type"],
             "block_name_to_quantize": ",".join(request.blocks),
             "autoround_version": _WRITTEN_FOR,
             "producer": "ar-export",
@@ -96,85 +115,75 @@ class AutoRoundFormat:
     ) -> dict[str, Tensor]:
         """Return the packed tensors of a layer by suffix, in the bit order the config names."""
         assert config is not None
-        return layout(_LAYOUTS[config["packing_format"]]).pack(weight)
+        return layout(packed_layout(config["packing_format"], weight.spec)).pack(weight)
 
     def reads(self, config: Mapping[str, Any] | None) -> bool:
         """Tell whether a checkpoint with this `quantization_config` is of this format."""
         return config is not None and config.get("quant_method") == "auto-round"
 
     def layers(
-        self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+        self, config: Mapping[str, Any], tensors: Mapping[str, TensorFact]
     ) -> dict[str, LayerEntry]:
-        """Return the quantized layers of a checkpoint from its config and tensor shapes."""
-        names = [k.removesuffix(".qweight") for k in shapes if k.endswith(".qweight")]
-        try:
-            parsed = parse(config)
-            chosen = parsed.resolve({n: (n,) for n in names})
-        except (KernelError, SchemeError) as error:
-            msg = f"quantization_config: {error}"
-            raise ExportError(msg) from error
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            # foreign JSON: a list where an object belongs, a word where a number does
-            msg = f"quantization_config: a value of the wrong kind: {error}"
-            raise ExportError(msg) from error
-        out = {}
-        for name in names:
-            found = chosen.get(name)
-            if found is None or found.scheme.weight is None:
-                msg = f"layer {name} has packed tensors but the config says it is not quantized"
-                raise ExportError(msg)
-            variant = parsed.variant(f"{name}.g_idx" in shapes)
-            rows, columns = _shape(name, found.scheme, shapes)
-            why = layout(variant).refuses(found.scheme.weight, rows, columns)
-            if why is not None:
-                msg = f"layer {name}: the config does not fit its tensors: {why}"
-                raise ExportError(msg)
-            out[name] = LayerEntry(found.scheme, rows, columns, variant)
-        return out
+        """Return the quantized layers of a checkpoint from its config and its tensors."""
+        return integer_layers(config, tensors)
 
     def suffixes(self, entry: LayerEntry) -> Collection[str]:
         """Return the tensor suffixes of a quantized layer."""
-        assert entry.scheme.weight is not None
-        return tuple(layout(entry.layout).facts(entry.scheme.weight, entry.rows, entry.columns))
+        return suffixes_of(entry)
+
+
+def _refusal(scheme: Scheme) -> str | None:
+    """Return why no packing of auto_round can say a scheme, or None."""
+    spec, act = scheme.weight, scheme.activation
+    assert spec is not None
+    if spec.super_group is not None or spec.data_type == "int_asym_float_zp":
+        return f"auto_round has no packing for {spec.data_type}; write gguf"
+    if spec.data_type == "int" and act is not None:
+        return "auto_round has no packing for integers with quantized activations; llm_compressor"
+    if act is not None and act.data_type == "mx_fp_rceil":
+        return "readers of auto_round round activation scales down; rceil cannot be said"
+    if spec.data_type not in ("int", "fp", *_FLOATS):
+        return f"auto_round has no packing for the data type {spec.data_type}"
+    return None
 
 
 def _packing(spelling: str, quantized: Collection[Scheme]) -> str:
     """Return the one `packing_format` of a checkpoint: zero points have one convention in it."""
-    if spelling == "auto_round:gptqmodel":
-        return spelling
     if spelling not in AutoRoundFormat.spellings:
         raise ExportError(unknown_name("format", spelling, AutoRoundFormat.spellings))
-    symmetric = all(s.weight is None or s.weight.symmetric for s in quantized)
-    return _SYMMETRIC if symmetric else "auto_round"
+    if spelling != _PLAIN:
+        return spelling
+    specs = [s.weight for s in quantized if s.weight is not None]
+    first = next(iter(quantized))
+    kind = specs[0].data_type
+    if kind == "fp":
+        act = first.activation
+        return _STATIC if act is not None and not act.dynamic else _BLOCK
+    if kind != "int":
+        return _FLOATS.get(kind, _PLAIN)
+    if all(spec.symmetric for spec in specs):
+        return _GPTQ
+    one = len({(spec.bits, spec.symmetric) for spec in specs}) == 1
+    return _AWQ if one and specs[0].bits == 4 else _PLAIN  # noqa: PLR2004
 
 
-def _default(plan: LayerPlan) -> Scheme:
-    """Return the scheme to write as the default: the plan's, else the commonest of its layers."""
-    if plan.default.weight is not None:
-        return plan.default
-    schemes = [row.scheme for row in plan.quantized]
-    return max(schemes, key=lambda one: sum(s.weight == one.weight for s in schemes))
-
-
-def _shape(name: str, scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Return rows and columns of a layer, from the shapes of its packed tensors.
-
-    Raises:
-        ExportError: a tensor is missing or no matrix, or the width does not fit.
-    """
-    assert scheme.weight is not None
-    for suffix in ("qweight", "scales"):
-        if len(shapes.get(f"{name}.{suffix}", ())) != 2:  # noqa: PLR2004
-            msg = f"layer {name}: {name}.{suffix} is missing or not a matrix"
-            raise ExportError(msg)
-    words, rows = shapes[f"{name}.qweight"]
-    if words * _WORD % scheme.weight.bits:
-        msg = (
-            f"layer {name}: {words} words of {_WORD} bits in {name}.qweight are no whole number "
-            f"of {scheme.weight.bits}-bit codes; the config names the wrong bits"
-        )
+def _check_one_packing(request: Request, packing: str) -> None:
+    """Refuse schemes that the packing of the others cannot hold, all layers in one message."""
+    bad = []
+    for row in request.plan.quantized:
+        assert row.scheme.weight is not None
+        order = layout(packed_layout(packing, row.scheme))
+        integer = row.scheme.weight.data_type == "int"
+        why = order.refuses(row.scheme.weight, row.layer.rows, row.layer.columns)
+        if why is None and integer is not (packing in _INTEGER):
+            if (packing, row.scheme.weight.data_type) == (_PLAIN, "mx_int"):
+                continue
+            why = f"{row.scheme.weight} needs another packing than {packing}"
+        if why is not None:
+            bad.append(f"{row.layer.name}: {why}")
+    if bad:
+        msg = f"format {request.format} has one packing per checkpoint: " + "; ".join(bad)
         raise ExportError(msg)
-    return rows, words * _WORD // scheme.weight.bits
 
 
 def _extra(plan: LayerPlan, flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +196,8 @@ def _extra(plan: LayerPlan, flat: Mapping[str, Any]) -> dict[str, Any]:
                 out[row.layer.name] = dict(_SKIPPED)
             continue
         mine = row.scheme.to_dict()
+        if "act_bits" in flat and "act_bits" not in mine:
+            mine["act_bits"] = 16
         differing = {k: v for k, v in mine.items() if flat.get(k) != v}
         if not inside:
             out[row.layer.name] = mine

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ar_kernels import QuantizedWeight
+    from ar_kernels.layouts.base import TensorFact
     from ar_schemes import LayerPlan, Scheme
 
 
@@ -101,9 +102,9 @@ class Format(Protocol):
         """Tell whether a checkpoint with this `quantization_config` is of this format."""
 
     def layers(
-        self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+        self, config: Mapping[str, Any], tensors: Mapping[str, TensorFact]
     ) -> dict[str, LayerEntry]:
-        """Return the quantized layers of a checkpoint from its config and tensor shapes.
+        """Return the quantized layers of a checkpoint from its config and its tensors.
 
         Raises:
             ExportError: config and tensors contradict each other.
@@ -140,3 +141,21 @@ class HoldsEmbeddings(Protocol):
     @property
     def embeddings(self) -> str:
         """Say how, in one line."""
+
+
+@runtime_checkable
+class SetsDtype(Protocol):
+    """A format whose readers compute in one float type, which config.json then names."""
+
+    @property
+    def dtype(self) -> str:
+        """The type, `float16`."""
+
+
+@runtime_checkable
+class NamesConfigs(Protocol):
+    """A format whose readers look for the quantization config in files of their own."""
+
+    @property
+    def config_names(self) -> tuple[str, ...]:
+        """Names of the files, beside quantization_config.json."""

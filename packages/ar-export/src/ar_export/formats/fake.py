@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from ar_export.formats.base import LayerEntry, Request
     from ar_kernels import QuantizedWeight
+    from ar_kernels.layouts.base import TensorFact
     from ar_schemes import Scheme
 
 
@@ -52,7 +53,7 @@ class FakeFormat:
     def layers(
         self,
         config: Mapping[str, Any],  # noqa: ARG002
-        shapes: Mapping[str, tuple[int, ...]],  # noqa: ARG002
+        tensors: Mapping[str, TensorFact],  # noqa: ARG002
     ) -> dict[str, LayerEntry]:
         """Return nothing: all layers are floats."""
         return {}

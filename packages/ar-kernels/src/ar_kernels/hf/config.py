@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ar_kernels import registry
 from ar_kernels.weight import KernelError
-from ar_schemes import FIELDS, Scheme, scheme_from_dict, unknown_name
+from ar_schemes import FIELDS, Scheme, Span, scheme_from_dict, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-METHODS = ("auto-round", "gptq")
+    from ar_schemes import TensorSpec
+
+METHODS = ("auto-round", "gptq", "awq")
 """Values of `quant_method` that can be read."""
 
 _PACKING = {
@@ -25,7 +27,21 @@ _PACKING = {
     "auto_round:auto_gptq": "gptq",
     "auto_round": "gptq_v2",
     "auto_round:gptqmodel": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+    "auto_round:llm_compressor": "gptq",
+    "auto_round:llm_compressor_nvfp4_e5m3": "gptq",
+    "auto_round:fp8_static": "gptq",
+    "auto_round:fp8": "gptq",
 }
+"""`packing_format` to the layout of its integers; float elements have layouts of their own."""
+_FLOAT = {
+    ("mx_fp", 4): "ct_mxfp4",
+    ("mx_fp", 8): "ct_mxfp8",
+    ("nv_fp", 4): "ct_nvfp4",
+    ("nvfp4_v2", 4): "nvfp4_e5m3",
+    ("mx_int", 4): "mx_int",
+}
+_FLOATS = {"fp", *(name for name, _ in _FLOAT)}
 _WITH_G_IDX = "_g_idx"
 _FLOAT_BITS = 16
 
@@ -77,11 +93,21 @@ class CheckpointConfig:
     exact: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     head: bool = False
+    packing: str = ""
+    reading: bool = False
 
     @property
     def default(self) -> LayerFormat:
         """What a quantized layer gets when nothing else is said."""
-        return LayerFormat(scheme_from_dict(self.flat), self.variant(self.g_idx))
+        scheme = scheme_from_dict(self.flat)
+        return LayerFormat(scheme, self.layout_for(scheme, g_idx=self.g_idx))
+
+    def layout_for(self, scheme: Scheme, *, g_idx: bool) -> str:
+        """Return the name of the layout that a layer of a scheme has, with `g_idx` or without."""
+        if scheme.weight is None or self.packing not in _PACKING:
+            return self.variant(g_idx)
+        found = packed_layout(self.packing, scheme)
+        return found if scheme.weight.data_type in _FLOATS else self.variant(g_idx)
 
     def variant(self, g_idx: bool) -> str:
         """Return the name of the layout, with or without `g_idx`."""
@@ -119,7 +145,11 @@ class CheckpointConfig:
             for name in names:
                 if name in self.exact:
                     chosen[layer] = self._changed(self.exact[name])
-        bad = {layer: why for layer in layers if (why := _refusal(chosen.get(layer))) is not None}
+        bad = {
+            layer: why
+            for layer in layers
+            if (why := _refusal(chosen.get(layer), reading=self.reading)) is not None
+        }
         if bad:
             raise KernelError(_unsupported(self.method, bad))
         return {layer: chosen[layer] for layer in layers if layer in chosen}
@@ -137,11 +167,29 @@ class CheckpointConfig:
         if override is None:
             return LayerFormat(Scheme(name="BF16"), self.layout)
         scheme = scheme_from_dict({**self.flat, **_fields(override)})
-        return LayerFormat(scheme, self.variant(self.g_idx))
+        return LayerFormat(scheme, self.layout_for(scheme, g_idx=self.g_idx))
 
 
-def parse(config: Mapping[str, Any]) -> CheckpointConfig:
+def packed_layout(packing: str, scheme: Scheme | TensorSpec) -> str:
+    """Return the layout of a layer in a checkpoint of auto-round with this `packing_format`."""
+    spec = scheme.weight if isinstance(scheme, Scheme) else scheme
+    assert spec is not None
+    if spec.data_type == "fp":
+        if packing == "auto_round:fp8_static":
+            return "fp8_static"
+        return "fp8_block" if spec.granularity.span is Span.TILE else "ct_float"
+    if spec.data_type in _FLOATS:
+        return _FLOAT.get((spec.data_type, spec.bits), "ct_mxfp4")
+    order = _PACKING[packing]
+    return f"{order}{_WITH_G_IDX}" if packing == "auto_round:gptqmodel" else order
+
+
+def parse(config: Mapping[str, Any], *, reading: bool = False) -> CheckpointConfig:
     """Return a `quantization_config`, understood.
+
+    Args:
+        config: the dict.
+        reading: only weights are wanted; activations may be quantized in ways not computed here.
 
     Raises:
         KernelError: a method, packing or scheme that is not known here, or a key of
@@ -158,7 +206,12 @@ def parse(config: Mapping[str, Any]) -> CheckpointConfig:
         exact[key] = value
         rules.append(Rule(_pattern(key, "extra_config"), value))
     flat = _fields(config)
-    why = _refusal(LayerFormat(scheme_from_dict(flat), layout))
+    if method == "awq":
+        flat = {"bits": 4, "sym": not config.get("zero_point", True), **flat}
+        flat["sym"] = not config.get("zero_point", not flat["sym"])
+        skips = _names(config.get("modules_to_not_convert"))
+        rules += [Rule(re.compile(rf"(.*\.)?{re.escape(n)}($|\.)"), None, True) for n in skips]
+    why = _refusal(LayerFormat(scheme_from_dict(flat), layout), reading=reading)
     if why is not None:
         raise KernelError(_unsupported(method, {"every layer": why}))
     return CheckpointConfig(
@@ -174,12 +227,21 @@ def parse(config: Mapping[str, Any]) -> CheckpointConfig:
         members=_names(config.get("modules_in_block_to_quantize")),
         exact=exact,
         rules=tuple(rules),
-        head=method == "gptq" and bool(config.get("lm_head", False)),
+        head=method in ("gptq", "awq") and bool(config.get("lm_head", False)),
+        packing=str(config.get("packing_format") or "auto_round:gptq")
+        if method == "auto-round"
+        else "",
+        reading=reading,
     )
 
 
 def _layout(method: str, config: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the layout's name and whether its writer stores `g_idx`."""
+    if method == "awq":
+        version = str(config.get("version") or "gemm").lower()
+        if version != "gemm":
+            raise KernelError(unknown_name("version", version, ("gemm",)))
+        return "awq", False
     variant = config.get("checkpoint_format") or config.get("format")
     if method == "gptq" or variant is not None:
         found = str(variant or "gptq").lower()
@@ -235,12 +297,12 @@ def _pattern(text: str, where: str) -> re.Pattern[str]:
         raise KernelError(msg) from error
 
 
-def _refusal(layer: LayerFormat | None) -> str | None:
+def _refusal(layer: LayerFormat | None, *, reading: bool) -> str | None:
     """Return why a layer cannot be computed here, or None."""
     if layer is None or layer.scheme.weight is None:
         return None
     act = layer.scheme.activation
-    if act is not None and act.bits < _FLOAT_BITS:
+    if not reading and act is not None and act.bits < _FLOAT_BITS:
         return f"activations in {act.data_type}{act.bits} are not computed here"
     data_type = layer.scheme.weight.data_type
     if data_type not in registry.data_types():

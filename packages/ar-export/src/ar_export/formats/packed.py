@@ -1,0 +1,138 @@
+"""What formats on safetensors files have in common: one layout per layer, skips, entries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ar_export.errors import ExportError
+from ar_export.formats.base import LayerEntry
+from ar_export.formats.scales import as_stored
+from ar_kernels import KernelError, layout
+from ar_kernels.layouts.base import optional_of
+from ar_schemes import SchemeError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from ar_export.formats.base import Request
+    from ar_kernels.layouts.base import TensorFact
+    from ar_schemes import LayerPlan, Scheme
+
+import contextlib
+
+_WORD = 32
+
+
+def require_quantized(request: Request) -> None:
+    """Refuse a plan that quantizes nothing.
+
+    Raises:
+        ExportError: no layer of the plan is quantized.
+    """
+    if not request.plan.quantized:
+        msg = (
+            f"format {request.format}: the plan quantizes no layer, so there is nothing to "
+            "pack. Choose another scheme, or write the floats with format fake."
+        )
+        raise ExportError(msg)
+
+
+def default_scheme(plan: LayerPlan) -> Scheme:
+    """Return the scheme to write as the default: the plan's, else the commonest of its layers."""
+    if plan.default.weight is not None and any(
+        row.scheme.weight == plan.default.weight for row in plan.quantized
+    ):
+        return plan.default
+    schemes = [row.scheme for row in plan.quantized]
+    return max(schemes, key=lambda one: sum(s.weight == one.weight for s in schemes))
+
+
+def skipped(plan: LayerPlan) -> list[str]:
+    """Return the linear layers that stay in 16 bit, by name."""
+    return [r.layer.name for r in plan.rows if not r.quantized and r.layer.role != "embedding"]
+
+
+@contextlib.contextmanager
+def config_errors() -> Iterator[None]:
+    """Turn whatever a foreign config causes into an `ExportError`."""
+    try:
+        yield
+    except (KernelError, SchemeError) as error:
+        msg = f"quantization_config: {error}"
+        raise ExportError(msg) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # foreign JSON: a list where an object belongs, a word where a number does
+        msg = f"quantization_config: a value of the wrong kind: {error}"
+        raise ExportError(msg) from error
+
+
+def entry(name: str, scheme: Scheme, order: str, tensors: Mapping[str, TensorFact]) -> LayerEntry:
+    """Return the entry of a layer after checking that its tensors fit its scheme.
+
+    Raises:
+        ExportError: they do not.
+    """
+    for suffix in ("scales", "weight_scale", "weight_scale_inv"):
+        scheme = as_stored(scheme, tensors.get(f"{name}.{suffix}"))
+    assert scheme.weight is not None
+    rows, columns = shape_of(name, scheme, order, tensors)
+    why = layout(order).refuses(scheme.weight, rows, columns)
+    if why is not None:
+        msg = f"layer {name}: the config does not fit its tensors: {why}"
+        raise ExportError(msg)
+    return LayerEntry(scheme, rows, columns, order)
+
+
+def shape_of(
+    name: str, scheme: Scheme, order: str, tensors: Mapping[str, TensorFact]
+) -> tuple[int, int]:
+    """Return rows and columns of a layer, from the shapes of its packed tensors.
+
+    Raises:
+        ExportError: a tensor is missing or no matrix, or the width does not fit.
+    """
+    assert scheme.weight is not None
+    bits = scheme.weight.bits
+    if order.startswith("gptq"):
+        _matrix(f"{name}.scales", tensors)
+        words, rows = _matrix(f"{name}.qweight", tensors)
+        if words * _WORD % bits:
+            raise ExportError(_uneven(name, f"{name}.qweight", words, bits))
+        return rows, words * _WORD // bits
+    if order == "awq":
+        columns, words = _matrix(f"{name}.qweight", tensors)
+        return words * _WORD // bits, columns
+    if f"{name}.weight" in tensors:
+        return _matrix(f"{name}.weight", tensors)
+    rows, packed = _matrix(f"{name}.weight_packed", tensors)
+    if order != "ct_pack":
+        return rows, packed * 2
+    groups = _matrix(f"{name}.weight_scale", tensors)[1]
+    if scheme.weight.granularity.span == "group":
+        return rows, groups * scheme.weight.granularity.size[0]
+    if packed * _WORD % bits:
+        raise ExportError(_uneven(name, f"{name}.weight_packed", packed, bits))
+    return rows, packed * _WORD // bits
+
+
+def suffixes_of(found: LayerEntry) -> Collection[str]:
+    """Return the tensor suffixes that a quantized layer has or may have."""
+    assert found.scheme.weight is not None
+    order = layout(found.layout)
+    needed = order.facts(found.scheme.weight, found.rows, found.columns)
+    return (*needed, *optional_of(order))
+
+
+def _matrix(key: str, tensors: Mapping[str, TensorFact]) -> tuple[int, int]:
+    fact = tensors.get(key)
+    if fact is None or len(fact.shape) != 2:  # noqa: PLR2004
+        msg = f"layer {key.rpartition('.')[0]}: {key} is missing or not a matrix"
+        raise ExportError(msg)
+    return fact.shape[0], fact.shape[1]
+
+
+def _uneven(name: str, key: str, words: int, bits: int) -> str:
+    return (
+        f"layer {name}: {words} words of {_WORD} bits in {key} are no whole number "
+        f"of {bits}-bit codes; the config names the wrong bits"
+    )
