@@ -40,10 +40,10 @@ def test_an_unknown_scheme_names_the_nearest(refused, demo_model) -> None:
     assert "unknown scheme 'W4A61'. Did you mean W4A16" in message
 
 
-def test_a_scheme_without_arithmetic_says_so(refused, demo_model) -> None:
-    message = refused(str(demo_model), "--scheme", "MXFP4")
-    assert "scheme MXFP4" in message
-    assert "cannot be computed" in message
+def test_a_scheme_that_the_format_cannot_hold_says_so(refused, demo_model) -> None:
+    message = refused(str(demo_model), "--scheme", "INT8")
+    assert "cannot carry 28 layers" in message
+    assert "integers with quantized activations" in message
 
 
 def test_a_group_size_that_does_not_divide_lists_every_layer(refused, demo_model) -> None:

@@ -182,7 +182,9 @@ def test_a_quantized_layer_or_tensor_that_is_not_there_is_an_error(make) -> None
 def test_an_unknown_format_names_the_nearest() -> None:
     with pytest.raises(ExportError, match="Did you mean auto_round"):
         format("auto_ruond")
-    assert {"auto_round", "auto_gptq", "auto_awq", "llm_compressor", "fp8", "fake"} <= set(formats())
+    assert {"auto_round", "auto_gptq", "auto_awq", "llm_compressor", "fp8", "fake"} <= set(
+        formats()
+    )
 
 
 def test_unlike_schemes_in_a_fused_layer_are_a_warning(make) -> None:

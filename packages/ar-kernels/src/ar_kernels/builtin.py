@@ -10,9 +10,12 @@ from ar_kernels.hookspecs import hookimpl
 from ar_kernels.layouts.awq import AwqLayout
 from ar_kernels.layouts.compressed_int import CompressedInt, CompressedPack
 from ar_kernels.layouts.float_layouts import FLOAT_LAYOUTS
+from ar_kernels.layouts.gguf import GGUF_LAYOUTS
 from ar_kernels.layouts.gptq import GPTQ, GPTQ_G_IDX, GPTQ_V2, GPTQ_V2_G_IDX
+from ar_kernels.numerics.float_min import FloatMinimum
 from ar_kernels.numerics.fp8 import Fp8
 from ar_kernels.numerics.integer import Integer
+from ar_kernels.numerics.k_quants import KQuant
 from ar_kernels.numerics.mx import Microscaling
 from ar_kernels.numerics.nvfp4 import NvFp4, NvFp4E5M3
 
@@ -31,6 +34,9 @@ def ar_register_data_types() -> list[DataType]:
         *map(Microscaling, ("mx_fp", "mx_fp_rceil", "mx_int")),
         *map(NvFp4, ("nv_fp", "nv_fp4_with_static_gs")),
         NvFp4E5M3(),
+        FloatMinimum(),
+        KQuant("int_sym_dq", symmetric=True),
+        KQuant("int_asym_dq", symmetric=False),
     ]
 
 
@@ -41,6 +47,7 @@ def ar_register_layouts() -> list[Layout]:
         *(GPTQ, GPTQ_V2, GPTQ_G_IDX, GPTQ_V2_G_IDX),
         *(AwqLayout(), CompressedPack(), CompressedInt()),
         *FLOAT_LAYOUTS,
+        *GGUF_LAYOUTS,
     ]
 
 

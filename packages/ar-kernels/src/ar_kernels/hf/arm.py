@@ -25,7 +25,11 @@ _HOME = "transformers.quantizers.auto"
 # modeling_utils is imported after it and before any model can be loaded.
 _TARGETS = (_HOME, "transformers.modeling_utils")
 
-STOCK = {"auto-round": ("auto_round",), "gptq": ("optimum", "gptqmodel")}
+STOCK = {
+    "auto-round": ("auto_round",),
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel",),
+}
 """Quantization method to the packages without which transformers itself cannot load it."""
 
 POLICIES = ("auto", "always", "never")

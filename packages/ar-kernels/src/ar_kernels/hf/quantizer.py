@@ -79,7 +79,11 @@ class GPTQConfig(_AsRead, stock.GPTQConfig):
     """A config with `quant_method` gptq."""
 
 
-CONFIGS = {"auto-round": AutoRoundConfig, "gptq": GPTQConfig}
+class AwqConfig(_AsRead, stock.AwqConfig):
+    """A config with `quant_method` awq."""
+
+
+CONFIGS = {"auto-round": AutoRoundConfig, "gptq": GPTQConfig, "awq": AwqConfig}
 """Config class of each quantization method."""
 
 

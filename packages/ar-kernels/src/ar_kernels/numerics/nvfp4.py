@@ -96,7 +96,8 @@ class NvFp4(FloatType):
     def to_stored(self, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the block scales as E4M3, and the tensor scale."""
         block = params.extra["block_scale"].to(torch.float8_e4m3fn)
-        return block, {"global_scale": params.extra["global_scale"]}
+        # a copy: fused layers must not share storage in files
+        return block, {"global_scale": params.extra["global_scale"].clone()}
 
     def step(self, weight: QuantizedWeight) -> Tensor:
         """Return block scale / tensor scale, float32."""

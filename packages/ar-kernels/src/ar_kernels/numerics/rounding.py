@@ -65,3 +65,8 @@ def round_to(x: Tensor, element: Element) -> Tensor:
 def stored(scale: Tensor, spec: TensorSpec) -> Tensor:
     """Return a scale rounded to the precision a file stores it in; the gradient passes through."""
     return _Cast.apply(scale, getattr(torch, spec.scale_dtype))
+
+
+def to_float16(x: Tensor) -> Tensor:
+    """Return `x` rounded to float16; the gradient passes through."""
+    return _Cast.apply(x, torch.float16)

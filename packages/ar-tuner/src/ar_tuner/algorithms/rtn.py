@@ -45,4 +45,6 @@ def nearest(
     spec = target.scheme.weight
     assert spec is not None
     kind = data_type(spec.data_type)
-    return kind.quantize(weight, spec, kind.parameters(weight, spec, shared=shared))
+    # what "round to nearest" means for scales of two levels is a search, in every quantizer
+    find = kind.search if spec.super_group is not None else kind.parameters
+    return kind.quantize(weight, spec, find(weight, spec, shared=shared))
