@@ -1,7 +1,7 @@
 """From quantized weights to files and back: formats, streaming writer, reader, verify."""
 
 from ar_export.errors import ExportError
-from ar_export.formats.base import Format, LayerEntry
+from ar_export.formats.base import Container, Format, LayerEntry, Readable
 from ar_export.hookspecs import hookimpl
 from ar_export.opening import open_dequantized, open_model
 from ar_export.reader import Checkpoint, open_checkpoint
@@ -12,10 +12,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
+    "Container",
     "ExportError",
     "Finding",
     "Format",
     "LayerEntry",
+    "Readable",
     "VerifyReport",
     "format",
     "formats",

@@ -9,6 +9,7 @@ from ar_export.formats.auto_gptq import AutoGptqFormat
 from ar_export.formats.auto_round import AutoRoundFormat
 from ar_export.formats.fake import FakeFormat
 from ar_export.formats.fp8 import Fp8Format
+from ar_export.formats.gguf import GgufFormat
 from ar_export.formats.llm_compressor import LlmCompressorFormat
 from ar_export.hookspecs import hookimpl
 
@@ -21,5 +22,5 @@ def ar_register_formats() -> list[Format]:
     """Return the built-in formats."""
     return [
         *(AutoRoundFormat(), AutoGptqFormat(), AutoAwqFormat()),
-        *(LlmCompressorFormat(), Fp8Format(), FakeFormat()),
+        *(LlmCompressorFormat(), Fp8Format(), GgufFormat(), FakeFormat()),
     ]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ar_export.reader import Checkpoint
+    from ar_export.formats.base import Readable
 
 
 def open_model(path: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -42,7 +42,7 @@ def open_model(path: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     return model.eval()
 
 
-def has_kernels(found: Checkpoint) -> bool:
+def has_kernels(found: Readable) -> bool:
     """Tell whether ar-kernels runs a checkpoint as it is."""
     if found.quantization_config is None:
         return False
@@ -55,7 +55,7 @@ def has_kernels(found: Checkpoint) -> bool:
     return True
 
 
-def open_dequantized(found: Checkpoint, dtype: torch.dtype | str = "auto") -> nn.Module:
+def open_dequantized(found: Readable, dtype: torch.dtype | str = "auto") -> nn.Module:
     """Return the float model whose weights are those that a checkpoint's codes stand for.
 
     Raises:
@@ -84,12 +84,12 @@ def open_dequantized(found: Checkpoint, dtype: torch.dtype | str = "auto") -> nn
     return opened.eval()
 
 
-def dequantized(found: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+def dequantized(found: Readable, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return every tensor of a checkpoint under its float name, quantized ones dequantized."""
     out = {f"{layer}.weight": found.weight(layer).dequantize(dtype) for layer in found.quantized}
     for name in found.names:
         layer, _, suffix = name.rpartition(".")
-        if layer in found.quantized and suffix != "bias":
+        if (layer in found.quantized and suffix != "bias") or layer == "":
             continue
         tensor = found.tensor(name)
         out[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ar_export.errors import ExportError
+from ar_export.formats.base import Container
 from ar_export.registry import formats
 from ar_export.writer import ELEMENT_TYPES
 from ar_kernels import KernelError, layout
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ar_export.formats.base import Format, LayerEntry
+    from ar_export.formats.base import Format, LayerEntry, Readable
     from ar_kernels import QuantizedWeight
 
 
@@ -114,12 +115,15 @@ class Checkpoint:
             raise ExportError(msg) from error
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Readable:
     """Return the checkpoint in a directory; reads headers and configs only.
 
     Raises:
         ExportError: not a checkpoint, damaged files, or a format that is not known here.
     """
+    for container in formats().values():
+        if isinstance(container, Container) and container.holds(path):
+            return container.open(path)
     config = read_json(path / "config.json")
     quantization = config.get("quantization_config")
     if quantization is None and (path / "quantization_config.json").is_file():

@@ -13,6 +13,7 @@ from ar_export.errors import ExportError
 from ar_export.folder import StagedFolder
 from ar_export.formats.base import (
     AdjustsPlan,
+    Container,
     HoldsEmbeddings,
     ImpliesScheme,
     NamesConfigs,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ar_export.formats.base import Format
+    from ar_export.formats.base import Format, Sink
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan
 
@@ -54,7 +55,7 @@ class SinkRequest(Request, Protocol):
 
 
 @tuner_hook
-def ar_open_sink(request: SinkRequest) -> SafetensorsSink | None:
+def ar_open_sink(request: SinkRequest) -> Sink | None:
     """Return the sink of one of our formats, or None.
 
     Raises:
@@ -63,6 +64,8 @@ def ar_open_sink(request: SinkRequest) -> SafetensorsSink | None:
     for found in formats().values():
         if request.format in found.spellings:
             check_plan(found, request)
+            if isinstance(found, Container):
+                return found.open_sink(request)
             return SafetensorsSink(found, request)
     return None
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ar_export.reader import Checkpoint
+    from ar_export.formats.base import Readable
     from ar_kernels import QuantizedWeight
 
     Expected = Mapping[str, QuantizedWeight] | Callable[[str], QuantizedWeight]
@@ -107,13 +107,14 @@ def _wanted(expected: Expected | None, name: str) -> QuantizedWeight | None:
     return expected(name) if callable(expected) else expected.get(name)
 
 
-def _structure(found: Checkpoint) -> Iterator[Finding]:
+def _structure(found: Readable) -> Iterator[Finding]:
     """Yield what names and configs give away."""
     known: set[str] = set()
+    packed = found.quantization_config is not None  # other files hold a tensor per name
     for name, entry in found.quantized.items():
         mine = {f"{name}.{suffix}" for suffix in suffixes_of(entry)}
         known |= mine
-        if f"{name}.weight" in found.files and f"{name}.weight" not in mine:
+        if packed and f"{name}.weight" in found.files and f"{name}.weight" not in mine:
             yield Finding("error", "both packed and float weights are stored", name)
     for key in found.names:
         if key.endswith(_PACKED) and key not in known:
@@ -131,7 +132,7 @@ def _structure(found: Checkpoint) -> Iterator[Finding]:
     yield from _fused(found)
 
 
-def _fused(found: Checkpoint) -> Iterator[Finding]:
+def _fused(found: Readable) -> Iterator[Finding]:
     """Yield members of layers that engines fuse (q, k, v and gate, up) with unlike schemes."""
     for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         for name in found.quantized:

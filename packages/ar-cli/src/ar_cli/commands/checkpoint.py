@@ -12,7 +12,7 @@ from ar_cli.output import json_option, print_json, print_table, size
 from ar_cli.quiet import hush
 
 if TYPE_CHECKING:
-    from ar_export import Checkpoint, LayerEntry
+    from ar_export import LayerEntry, Readable
 
 
 @click.command()
@@ -46,7 +46,7 @@ def inspect(directory: Path, every: bool, as_json: bool) -> None:  # noqa: FBT00
         print_table(("scheme", "layout", "layers"), [(*k, n) for k, n in counted.items()])
 
 
-def _facts(found: Checkpoint) -> dict[str, Any]:
+def _facts(found: Readable) -> dict[str, Any]:
     architectures = found.config.get("architectures") or ["unknown"]
     return {
         "architecture": ", ".join(architectures),

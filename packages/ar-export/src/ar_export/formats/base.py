@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ar_export.sink import SinkRequest
     from ar_kernels import QuantizedWeight
     from ar_kernels.layouts.base import TensorFact
     from ar_schemes import LayerPlan, Scheme
@@ -159,3 +160,87 @@ class NamesConfigs(Protocol):
     @property
     def config_names(self) -> tuple[str, ...]:
         """Names of the files, beside quantization_config.json."""
+
+
+@runtime_checkable
+class Container(Protocol):
+    """A format with files of its own instead of safetensors."""
+
+    def open_sink(self, request: SinkRequest) -> Sink:
+        """Return the sink that writes a checkpoint.
+
+        Raises:
+            ExportError: the model cannot be written so.
+        """
+
+    def holds(self, path: Path) -> bool:
+        """Tell whether a path is a checkpoint of this format."""
+
+    def open(self, path: Path) -> Readable:
+        """Return the checkpoint at a path."""
+
+
+class Sink(Protocol):
+    """What the tuner writes to."""
+
+    def put(self, name: str, weight: QuantizedWeight) -> None:
+        """Take the weight of a layer (name without `.weight`)."""
+
+    def put_tensor(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor that stays as it is."""
+
+    def commit(self) -> Path:
+        """Make the checkpoint visible at once, and return its directory."""
+
+    def abort(self) -> None:
+        """Remove everything that was staged."""
+
+
+class Readable(Protocol):
+    """A checkpoint on disk, as `ar_export.reader.Checkpoint` is one."""
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's configuration."""
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any] | None:
+        """None where files describe themselves."""
+
+    @property
+    def format(self) -> str:
+        """Name of the format."""
+
+    @property
+    def facts(self) -> Mapping[str, TensorFact]:
+        """Tensor name to shape and type."""
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Tensor name to file."""
+
+    @property
+    def quantized(self) -> Mapping[str, LayerEntry]:
+        """Layer name to how it is stored."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name to shape."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the weight files."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor."""
+
+    def weight(self, layer: str) -> QuantizedWeight:
+        """Return the quantized weight of a layer."""

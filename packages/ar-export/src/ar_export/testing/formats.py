@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from ar_export.reader import Checkpoint
+    from ar_export.formats.base import Readable
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan, Scheme
 
@@ -230,7 +230,7 @@ class FormatConformance:
             self.check(path, weights, request.plan)
             self.check_names(open_checkpoint(path))
 
-    def check_names(self, found: Checkpoint) -> None:
+    def check_names(self, found: Readable) -> None:
         """Assert that suffixes, the layout's facts and the stored names are the same."""
         for name, entry in found.quantized.items():
             assert entry.scheme.weight is not None

@@ -1,0 +1,1 @@
+"""The GGUF container: architectures, metadata, tokenizer, type mix, sink and reader."""

@@ -1,0 +1,162 @@
+"""Read a GGUF file back: tensors and exact quantized weights under the checkpoint's names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ar_export.errors import ExportError
+from ar_export.formats.base import LayerEntry
+from ar_export.gguf.architectures import Architecture, architecture_of
+from ar_export.gguf.mix import PRESETS
+from ar_export.gguf.rows import reordered, row_order
+from ar_kernels import KernelError, layout
+from ar_kernels.layouts.base import TensorFact
+from ar_schemes import scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ar_kernels import QuantizedWeight
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class GgufCheckpoint:
+    """A GGUF file, read like any other checkpoint (see `ar_export.reader.Checkpoint`)."""
+
+    path: Path
+    config: Mapping[str, Any]
+    facts: Mapping[str, TensorFact]
+    files: Mapping[str, Path]
+    quantized: Mapping[str, LayerEntry]
+    architecture: Architecture
+    stored: Mapping[str, Any] = field(repr=False)
+    format: str = "gguf"
+    quantization_config: Mapping[str, Any] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self.files)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name to shape."""
+        return {name: fact.shape for name, fact in self.facts.items()}
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the file."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a float tensor, in the order of rows and with the offsets of the checkpoint.
+
+        Raises:
+            ExportError: no such tensor, or it is quantized.
+        """
+        found = self.stored.get(name)
+        if found is None:
+            msg = f"{self.path}: no tensor {name}"
+            raise ExportError(msg)
+        kind = found.tensor_type.name
+        if kind not in _FLOATS:
+            msg = f"{self.path}: {name} is quantized ({kind})"
+            raise ExportError(msg)
+        raw = torch.from_numpy(np.array(found.data))
+        tensor = raw.view(torch.bfloat16) if kind == "BF16" else raw
+        tensor = tensor.reshape(tuple(int(n) for n in reversed(found.shape.tolist())))
+        order = row_order(found.name, self.architecture, self.config)
+        if order is not None:
+            tensor = tensor[order.argsort()]
+        if self.architecture.norm_offset and found.name.endswith("norm.weight"):
+            tensor = tensor - self.architecture.norm_offset
+        return tensor
+
+    def weight(self, layer: str) -> QuantizedWeight:
+        """Return the quantized weight of a layer.
+
+        Raises:
+            ExportError: no such quantized layer, or its blocks are damaged.
+        """
+        if layer not in self.quantized:
+            msg = f"{self.path}: no quantized layer {layer}"
+            raise ExportError(msg)
+        entry, found = self.quantized[layer], self.stored[f"{layer}.weight"]
+        assert entry.scheme.weight is not None
+        blocks = torch.from_numpy(np.array(found.data)).reshape(entry.rows, -1)
+        try:
+            made = layout(entry.layout).unpack(
+                {"blocks": blocks}, entry.scheme.weight, entry.rows, entry.columns
+            )
+        except KernelError as error:
+            msg = f"{self.path}: layer {layer}: {error}"
+            raise ExportError(msg) from error
+        order = row_order(found.name, self.architecture, self.config)
+        return made if order is None else reordered(made, order.argsort())
+
+
+def open_gguf(path: Path) -> GgufCheckpoint:
+    """Return the GGUF checkpoint in a file (with config.json beside it) or in a directory.
+
+    Raises:
+        ExportError: no or several files, a damaged one, or an architecture not known here.
+    """
+    file = _file(path)
+    folder = file.parent
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"{file}: the model's config.json must lie beside it to read it back: {error}"
+        raise ExportError(msg) from error
+    arch = architecture_of(config)
+    try:
+        import gguf
+
+        tensors = gguf.GGUFReader(file).tensors
+    except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError) as error:
+        msg = f"{file} is not a whole GGUF file: {error}"
+        raise ExportError(msg) from error
+    stored, facts, quantized = {}, {}, {}
+    for found in tensors:
+        key = arch.key_of(found.name)
+        stored[key] = found
+        shape = tuple(int(n) for n in reversed(found.shape.tolist()))
+        kind = found.tensor_type.name
+        if kind in _FLOATS:
+            facts[key] = TensorFact(shape, _FLOATS[kind])
+            continue
+        facts[key] = TensorFact(shape, torch.uint8)
+        if kind not in PRESETS or len(shape) != 2:  # noqa: PLR2004
+            msg = f"{file}: {found.name} is of type {kind} {list(shape)}, which is not read here"
+            raise ExportError(msg)
+        layer = key.removesuffix(".weight")
+        preset = scheme(PRESETS[kind])
+        quantized[layer] = LayerEntry(preset, shape[0], shape[1], f"gguf_{kind.lower()}")
+    files = dict.fromkeys(stored, file)
+    return GgufCheckpoint(folder, config, facts, files, quantized, arch, stored)
+
+
+def is_gguf(path: Path) -> bool:
+    """Tell whether a path is a GGUF file or a directory with one and no safetensors."""
+    if path.suffix == ".gguf":
+        return True
+    return path.is_dir() and any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+
+
+def _file(path: Path) -> Path:
+    found = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if len(found) != 1 or not found[0].is_file():
+        listed = ", ".join(p.name for p in found) or "none"
+        msg = f"{path}: one GGUF file is needed, found {listed}"
+        raise ExportError(msg)
+    return found[0]

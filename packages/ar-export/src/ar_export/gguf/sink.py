@@ -1,0 +1,167 @@
+"""The sink that writes one GGUF file; tensors wait in a scratch file, not in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ar_export.errors import ExportError
+from ar_export.folder import StagedFolder
+from ar_export.formats.dtypes import config_dtype
+from ar_export.gguf.architectures import architecture_of
+from ar_export.gguf.metadata import add, heads, metadata, rope_factors
+from ar_export.gguf.mix import FILE_TYPES, variant_of
+from ar_export.gguf.rows import reordered, row_order
+from ar_export.gguf.tokenizer import write_tokenizer
+from ar_export.side import copy_side_files, write_configs
+from ar_kernels import layout
+from ar_kernels.layouts.gguf import gguf_type
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import gguf
+    from torch import Tensor
+
+    from ar_export.sink import SinkRequest
+    from ar_kernels import QuantizedWeight
+
+QUANTIZATION_VERSION = 2
+
+
+class GgufSink:
+    """Takes weights and makes a directory with one .gguf file, the config and the tokenizer."""
+
+    def __init__(self, request: SinkRequest, variant: str) -> None:
+        self._request = request
+        self._variant = variant_of(request.plan, variant)
+        self._arch = architecture_of(request.config)
+        self._folder = StagedFolder(request.output, overwrite=request.overwrite)
+        self._folder.check()
+        self._writer: gguf.GGUFWriter | None = None
+        self._experts: dict[str, dict[int, Tensor]] = {}
+
+    def put(self, name: str, weight: QuantizedWeight) -> None:
+        """Take the weight of a layer (name without `.weight`)."""
+        found = self._arch.name_of(f"{name}.weight")
+        kind = gguf_type(weight.spec)
+        if found is None or kind is None:
+            msg = f"{name}: GGUF has no place for {weight.spec}"
+            raise ExportError(msg)
+        order = row_order(found[0], self._arch, self._request.config)
+        placed = weight if order is None else reordered(weight, order)
+        blocks = layout(f"gguf_{kind.lower()}").pack(placed)["blocks"]
+        self._add(found[0], blocks, kind)
+
+    def put_tensor(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor that stays as it is."""
+        found = self._arch.name_of(name)
+        if found is None:
+            return
+        target, expert = found
+        if expert is not None:
+            tensor = self._stacked(target, expert, tensor)
+            if tensor.ndim == 2:  # noqa: PLR2004 - others of its layer are still to come
+                return
+        order = row_order(target, self._arch, self._request.config)
+        if self._arch.conv1d and tensor.ndim == 2 and "_embd" not in target:  # noqa: PLR2004
+            tensor = tensor.t()
+        if order is not None:
+            tensor = tensor[order]
+        if self._arch.norm_offset and target.endswith("norm.weight"):
+            tensor = tensor.float() + self._arch.norm_offset
+        wide = tensor.ndim < 2 or "norm" in target or "ffn_gate_inp" in target  # noqa: PLR2004
+        if wide or "position_embd" in target:
+            self._add(target, tensor.float(), "F32")
+        elif tensor.dtype == torch.bfloat16:
+            self._add(target, tensor.contiguous().view(torch.uint8), "BF16")
+        else:
+            self._add(target, tensor.half(), "F16")
+
+    def commit(self) -> Path:
+        """Write the file, then make the directory visible at once."""
+        request, folder = self._request, self._folder.path()
+        waiting = sorted(self._experts)
+        if waiting:
+            msg = f"experts are missing for {', '.join(waiting[:4])}"
+            raise ExportError(msg)
+        if request.source is not None:
+            copy_side_files(request.source, folder, request.config)
+        if request.side is not None:
+            request.side(folder)
+        write_configs(folder, request.config, None)
+        writer = self._open()
+        for name, factors in rope_factors(request.config).items():
+            self._add(name, torch.tensor(factors), "F32")
+        write_tokenizer(
+            writer,
+            folder,
+            vocab_size=int(request.config["vocab_size"]),
+            architecture=self._arch.name,
+        )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return self._folder.commit()
+
+    def abort(self) -> None:
+        """Remove everything that was staged."""
+        if self._writer is not None:
+            self._writer.close()
+        self._folder.abort()
+
+    def _stacked(self, target: str, expert: int, tensor: Tensor) -> Tensor:
+        """Return all experts of a layer as [E, O, I] once they are there, else the one."""
+        count = int(
+            self._request.config.get("num_local_experts")
+            or self._request.config.get("num_experts")
+            or 0
+        )
+        here = self._experts.setdefault(target, {})
+        here[expert] = tensor
+        if len(here) < count:
+            return tensor
+        del self._experts[target]
+        return torch.stack([here[i] for i in range(count)])
+
+    def _open(self) -> gguf.GGUFWriter:
+        if self._writer is None:
+            import gguf
+
+            name = f"{self._request.output.name}-{self._variant}.gguf"
+            path = self._folder.path() / name
+            self._writer = gguf.GGUFWriter(path, self._arch.name, use_temp_file=True)
+            self._writer.add_type("model")
+            self._writer.add_name(_title(self._request.config, self._request.output))
+            self._writer.add_file_type(FILE_TYPES[self._variant])
+            self._writer.add_quantization_version(QUANTIZATION_VERSION)
+            self._writer.add_string("general.quantized_by", "ar")
+            values = metadata(self._request.config, self._arch)
+            for key, value in values.items():
+                add(self._writer, f"{self._arch.name}.{key}", value)
+        return self._writer
+
+    def _add(self, name: str, tensor: Tensor, kind: str) -> None:
+        import gguf
+
+        data = tensor.detach().cpu().contiguous().numpy()
+        self._open().add_tensor(name, data, raw_dtype=getattr(gguf.GGMLQuantizationType, kind))
+
+
+def check_request(config: dict[str, Any]) -> None:
+    """Refuse a model that cannot become a GGUF file, before work.
+
+    Raises:
+        ExportError: no architecture of llama.cpp, or settings that it has no keys for.
+    """
+    arch = architecture_of(config)
+    heads(config)
+    metadata(config, arch)
+    config_dtype(config)
+
+
+def _title(config: Any, output: Path) -> str:
+    named = str(config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2]
+    return named or output.name
