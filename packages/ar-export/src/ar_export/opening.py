@@ -70,7 +70,7 @@ def open_dequantized(found: Readable, dtype: torch.dtype | str = "auto") -> nn.M
     model, report = _architecture(config).from_pretrained(
         None,
         config=config,
-        state_dict=dequantized(found, wanted),
+        state_dict=_oriented(dequantized(found, wanted), found, config),
         dtype=wanted,
         output_loading_info=True,
     )
@@ -94,6 +94,17 @@ def dequantized(found: Readable, dtype: torch.dtype) -> dict[str, Tensor]:
         tensor = found.tensor(name)
         out[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return out
+
+
+def _oriented(tensors: dict[str, Tensor], found: Readable, config: Any) -> dict[str, Tensor]:
+    """Turn quantized weights of Conv1D layers, which the model keeps as [I, O]."""
+    with torch.device("meta"):
+        model = _architecture(config)(config)
+    turned = {name for name, part in model.named_modules() if type(part).__name__ == "Conv1D"}
+    for layer in found.quantized:
+        if layer in turned:
+            tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].t().contiguous()
+    return tensors
 
 
 def _architecture(config: Any) -> Any:

@@ -129,7 +129,8 @@ def _structure(found: Readable) -> Iterator[Finding]:
             yield Finding("error", "differs from the one in config.json", side.name)
     if found.quantization_config is not None and not found.quantized:
         yield Finding("error", "the config names a quantization, but no layer is quantized", "")
-    yield from _fused(found)
+    if packed:
+        yield from _fused(found)
 
 
 def _fused(found: Readable) -> Iterator[Finding]:

@@ -74,12 +74,14 @@ def quantize_to_directory(
         )
         with run:
             job = _job(request, prepared, finished=_loader(run), rows=rows)
-            _write(request, prepared, job, run, sink)
+            outside = dict(_outside(prepared))
+            _write(request, prepared, job, run, sink, outside)
             written = sink.commit()
             final = written[0] if len(written) == 1 else output
             if check is not None:
                 for path in written:
-                    check(path, _weight_finder(request, prepared, run), prepared.model)
+                    find = _weight_finder(request, prepared, run, outside)
+                    check(path, find, prepared.model)
             event = events.RunFinished(
                 str(final), time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
             )
@@ -109,7 +111,14 @@ def _open_sinks(
     return Sinks(opened)
 
 
-def _write(request: AutoRound, prepared: Prepared, job: Job, run: Run, sink: Sinks) -> None:
+def _write(  # noqa: PLR0913
+    request: AutoRound,
+    prepared: Prepared,
+    job: Job,
+    run: Run,
+    sink: Sinks,
+    outside: Weights,
+) -> None:
     names = _source_names(request, prepared)
     written: set[str] = set()
 
@@ -125,7 +134,7 @@ def _write(request: AutoRound, prepared: Prepared, job: Job, run: Run, sink: Sin
             run.save_block(index, name, weights, {})
         for layer, weight in weights.items():
             put(layer, weight)
-    for layer, weight in _outside(prepared):
+    for layer, weight in outside.items():
         _install_outside(prepared.model, layer, weight)
         put(layer, weight)
     for key, tensor in _untouched(request, prepared, written):
@@ -233,10 +242,9 @@ def _loader(run: Run) -> Callable[[int], Weights | None]:
 
 
 def _weight_finder(
-    request: AutoRound, prepared: Prepared, run: Run
+    request: AutoRound, prepared: Prepared, run: Run, outside: Weights
 ) -> Callable[[str], QuantizedWeight]:
     """Return a function from a layer's name in the files to its exact weight."""
-    outside = dict(_outside(prepared))
     names = {
         source.removesuffix(".weight"): model.removesuffix(".weight")
         for model, source in _source_names(request, prepared).items()

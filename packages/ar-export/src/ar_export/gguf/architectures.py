@@ -54,12 +54,19 @@ _MIXTRAL = _LLAMA | {
     "block_sparse_moe.experts.w2": "ffn_down_exps",
     "block_sparse_moe.experts.w3": "ffn_up_exps",
 }
-_PHI3 = {k: v for k, v in _LLAMA.items() if "q_proj" not in k and "k_proj" not in k} | {
+_PHI3 = {
+    "input_layernorm": "attn_norm",
     "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
     "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
 _PHI2 = {
-    **{k: v for k, v in _LLAMA.items() if k[:9] in ("input_lay", "self_attn")},
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
     "self_attn.dense": "attn_output",
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
@@ -198,7 +205,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "PhiForCausalLM": Architecture(
         "phi2",
         _PHI2,
-        top=_TOP | {"model.final_layernorm": "output_norm"},
+        top={
+            "model.embed_tokens": "token_embd",
+            "model.final_layernorm": "output_norm",
+            "lm_head": "output",
+        },
         layer_norm=True,
     ),
     "Phi3ForCausalLM": Architecture(

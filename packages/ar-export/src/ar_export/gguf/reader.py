@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from ar_kernels import QuantizedWeight
 
+_STACKED = 3
+_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -74,7 +77,11 @@ class GgufCheckpoint:
             raise ExportError(msg)
         raw = torch.from_numpy(np.array(found.data))
         tensor = raw.view(torch.bfloat16) if kind == "BF16" else raw
-        tensor = tensor.reshape(tuple(int(n) for n in reversed(found.shape.tolist())))
+        tensor = tensor.reshape(_shape(found))
+        if tensor.ndim == _STACKED:
+            tensor = tensor[int(_NUMBER.findall(name)[-1])]
+        if self.architecture.conv1d and tensor.ndim == 2 and "_embd" not in found.name:  # noqa: PLR2004
+            tensor = tensor.t()
         order = row_order(found.name, self.architecture, self.config)
         if order is not None:
             tensor = tensor[order.argsort()]
@@ -129,12 +136,12 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     stored, facts, quantized = {}, {}, {}
     for found in tensors:
         key = arch.key_of(found.name)
-        stored[key] = found
-        shape = tuple(int(n) for n in reversed(found.shape.tolist()))
-        kind = found.tensor_type.name
+        shape, kind = _shape(found), found.tensor_type.name
         if kind in _FLOATS:
-            facts[key] = TensorFact(shape, _FLOATS[kind])
+            for name in _experts(key, shape):
+                stored[name], facts[name] = found, TensorFact(shape[-2:], _FLOATS[kind])
             continue
+        stored[key] = found
         facts[key] = TensorFact(shape, torch.uint8)
         if kind not in PRESETS or len(shape) != 2:  # noqa: PLR2004
             msg = f"{file}: {found.name} is of type {kind} {list(shape)}, which is not read here"
@@ -144,6 +151,18 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         quantized[layer] = LayerEntry(preset, shape[0], shape[1], f"gguf_{kind.lower()}")
     files = dict.fromkeys(stored, file)
     return GgufCheckpoint(folder, config, facts, files, quantized, arch, stored)
+
+
+def _shape(found: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(found.shape.tolist()))
+
+
+def _experts(key: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the checkpoint's names of a tensor: stacked experts have one each."""
+    if len(shape) != _STACKED:
+        return [key]
+    head, _, tail = key.partition(".experts.")
+    return [f"{head}.experts.{i}.{tail}" for i in range(shape[0])]
 
 
 def is_gguf(path: Path) -> bool:
