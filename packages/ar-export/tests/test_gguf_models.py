@@ -33,7 +33,12 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 MOE = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
-WITHOUT_KV = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+FALCON = {k: SMALL[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")} | {
+    "num_attention_heads": 4,
+    "new_decoder_architecture": False,
+    "multi_query": True,
+    "alibi": False,
+}
 GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SMALL),
@@ -43,13 +48,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", SMALL),
     "qwen3": ("Qwen3", SMALL | {"head_dim": 128}),
     "qwen2_moe": ("Qwen2Moe", SMALL | MOE | {"shared_expert_intermediate_size": 64}),
-    "qwen3_moe": ("Qwen3Moe", SMALL | MOE | {"head_dim": 16}),
-    "gemma2": ("Gemma2", SMALL | {"head_dim": 16, "query_pre_attn_scalar": 256}),
-    "gemma3": ("Gemma3", SMALL | {"head_dim": 16, "query_pre_attn_scalar": 256}),
+    "qwen3_moe": ("Qwen3Moe", SMALL | MOE | {"head_dim": 16, "norm_topk_prob": True}),
+    "gemma2": ("Gemma2", SMALL | {"head_dim": 256, "query_pre_attn_scalar": 256}),
+    "gemma3": ("Gemma3", SMALL | {"head_dim": 256, "query_pre_attn_scalar": 256}),
     "phi3": ("Phi3", SMALL | {"pad_token_id": 0}),
     "stablelm": ("StableLm", SMALL),
     "starcoder2": ("Starcoder2", SMALL),
-    "falcon": ("Falcon", WITHOUT_KV | {"new_decoder_architecture": False, "multi_query": True}),
+    "falcon": ("Falcon", FALCON),
     "gpt2": ("GPT2", GPT2),
     "olmo2": ("Olmo2", SMALL),
     "granite": ("Granite", SMALL),
@@ -83,7 +88,8 @@ def tokenizer(folder: Path, size: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
-    made = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    vocab = {token: i for i, token in enumerate(alphabet[: size - 1])} | {"ab": size - 1}
+    made = Tokenizer(models.BPE(vocab, [("a", "b")]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.save(str(folder / "tokenizer.json"))
 
@@ -137,9 +143,9 @@ def test_llama_cpp_gives_the_same_probabilities(name, tmp_path) -> None:
     params.cpuparams.n_threads = 1
     server = xllamacpp.Server(params)
     ids = list(range(3, 15))
-    asked = {"prompt": ids, "n_predict": 1, "n_probs": 96, "temperature": 0, "cache_prompt": False}
+    asked = {"prompt": ids, "n_predict": 1, "logprobs": 96, "temperature": 0}
     answer = server.handle_completions(asked)
-    top = answer["completion_probabilities"][0]["top_logprobs"]
+    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     theirs = {entry["id"]: entry["logprob"] for entry in top}
     assert len(theirs) > 40
     with torch.inference_mode():
