@@ -28,6 +28,8 @@ class GgufConformance(FormatConformance):
 
     @pytest.fixture
     def model_directory(self, tmp_path: Path) -> Path:
+        pytest.importorskip("gguf")
+        pytest.importorskip("tokenizers")
         folder = write_model(tmp_path / "float")
         tokenizer(folder)
         return folder

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ar_cli.commands import (
     checkpoint,
+    convert,
     doctor,
     evaluate,
     generate,
@@ -29,6 +30,8 @@ def ar_register_commands() -> list[click.Command]:
         evaluate.evaluate,
         checkpoint.inspect,
         checkpoint.verify,
+        convert.convert,
+        convert.compare,
         generate.generate,
         listings.schemes,
         listings.formats,

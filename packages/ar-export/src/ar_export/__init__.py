@@ -1,5 +1,7 @@
 """From quantized weights to files and back: formats, streaming writer, reader, verify."""
 
+from ar_export.compare import Comparison, compare_checkpoints
+from ar_export.convert import convert
 from ar_export.errors import ExportError
 from ar_export.formats.base import Container, Format, LayerEntry, Readable
 from ar_export.hookspecs import hookimpl
@@ -12,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
+    "Comparison",
     "Container",
     "ExportError",
     "Finding",
@@ -19,6 +22,8 @@ __all__ = [
     "LayerEntry",
     "Readable",
     "VerifyReport",
+    "compare_checkpoints",
+    "convert",
     "format",
     "formats",
     "hookimpl",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ar_cli.output import json_option, print_records
+from ar_cli.output import json_option, print_json, print_records, print_table
 from ar_schemes import Scheme
 from ar_schemes import schemes as all_schemes
 
@@ -36,31 +36,37 @@ def _scheme(found: Scheme) -> dict[str, Any]:
 
 
 @click.command()
+@click.argument("name", required=False)
 @json_option
-def formats(as_json: bool) -> None:  # noqa: FBT001
-    """List the checkpoint formats, their spellings and the presets each carries."""
+def formats(name: str | None, as_json: bool) -> None:  # noqa: FBT001
+    """List the checkpoint formats and the schemes each carries; with NAME, why it does not."""
+    from ar_export import format as find_format
     from ar_export import formats as all_formats
-    from ar_kernels import data_types
+    from ar_export.matrix import support_matrix
 
-    records = []
-    for found in all_formats().values():
-        carried = [
-            s.name
-            for s in all_schemes().values()
-            if s.weight is not None
-            and s.weight.data_type in data_types()
-            and s.activation is None
-            and found.refuses(found.spellings[0], s, *_SAMPLE) is None
+    matrix = support_matrix()
+    if name is not None:
+        found = find_format(name)
+        rows = [{"scheme": s, "carried": row[found.name] or "yes"} for s, row in matrix.items()]
+        print_records(rows, ("scheme", "carried"), as_json=as_json)
+        return
+    known = all_formats()
+    if as_json:
+        about = [
+            {"name": f.name, "spellings": list(f.spellings), "what": f.summary}
+            for f in known.values()
         ]
-        records.append(
-            {
-                "name": found.name,
-                "spellings": ", ".join(found.spellings),
-                "what": found.summary,
-                "carries": ", ".join(carried),
-            }
-        )
-    print_records(records, ("name", "spellings", "what", "carries"), as_json=as_json)
+        print_json({"formats": about, "matrix": matrix})
+        return
+    print_table(
+        ("format", "spellings", "what"),
+        [(f.name, ", ".join(f.spellings), f.summary) for f in known.values()],
+    )
+    click.echo()
+    marks = [
+        (scheme, *("x" if row[f] is None else "" for f in known)) for scheme, row in matrix.items()
+    ]
+    print_table(("scheme", *known), marks)
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from dataclasses import dataclass, field
@@ -126,6 +127,9 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         msg = f"{file}: the model's config.json must lie beside it to read it back: {error}"
         raise ExportError(msg) from error
     arch = architecture_of(config)
+    if importlib.util.find_spec("gguf") is None:
+        msg = "GGUF files need the gguf package: pip install 'ar-export[gguf]'"
+        raise ExportError(msg)
     try:
         import gguf
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,6 +157,9 @@ def check_request(config: dict[str, Any]) -> None:
     Raises:
         ExportError: no architecture of llama.cpp, or settings that it has no keys for.
     """
+    if importlib.util.find_spec("gguf") is None:
+        msg = "GGUF files need the gguf package: pip install 'ar-export[gguf]'"
+        raise ExportError(msg)
     arch = architecture_of(config)
     heads(config)
     metadata(config, arch)

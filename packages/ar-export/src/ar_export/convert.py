@@ -1,0 +1,163 @@
+"""Another format for the same codes, without tuning again: exact, or refused with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ar_export.errors import ExportError
+from ar_export.reader import open_checkpoint
+from ar_export.registry import format as find_format
+from ar_export.sink import ar_open_sink
+from ar_kernels import QuantizedWeight
+from ar_schemes import LayerInfo, LayerPlan, PlanRow, Scheme, describe, scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from ar_export.formats.base import LayerEntry, Readable
+
+_HEADS = ("lm_head", "embed_out")
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
+_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a sink is asked for; see `ar_tuner.sink.SinkRequest`."""
+
+    format: str
+    output: Path
+    source: Path | None
+    config: Mapping[str, Any]
+    plan: LayerPlan
+    blocks: tuple[str, ...]
+    facts: Mapping[str, Any]
+    max_shard_bytes: int
+    side: Callable[[Path], None] | None
+    overwrite: bool
+
+
+def convert(
+    source: Path,
+    output: Path,
+    format: str,  # noqa: A002 - the user's word
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint in another format with the very same codes and scales; return its path.
+
+    Raises:
+        ExportError: layers that the format cannot hold exactly, all in one message, before
+            anything is written.
+    """
+    found = open_checkpoint(source)
+    if not found.quantized:
+        msg = f"{source} holds no quantized layer: quantize it instead (`ar quantize`)"
+        raise ExportError(msg)
+    find_format(format)
+    gguf = format.startswith("gguf")
+    weights = {name: _exact(found, name, gguf=gguf) for name in found.quantized}
+    bad = {name: made for name, made in weights.items() if isinstance(made, str)}
+    if bad:
+        lines = "\n".join(f"  {name}: {why}" for name, why in bad.items())
+        msg = f"{len(bad)} layers cannot go to {format} exactly:\n{lines}"
+        raise ExportError(msg)
+    config = {k: v for k, v in found.config.items() if k != "quantization_config"}
+    plan = plan_of(found, {n: spec for n, spec in weights.items() if not isinstance(spec, str)})
+    request = _Request(
+        format=format,
+        output=output,
+        source=found.path,
+        config=config,
+        plan=plan,
+        blocks=_block_lists(plan),
+        facts={"converted_from": found.format},
+        max_shard_bytes=max_shard_bytes,
+        side=None,
+        overwrite=overwrite,
+    )
+    sink = ar_open_sink(request)
+    assert sink is not None
+    try:
+        for name in found.quantized:
+            sink.put(name, _as_scheme(found.weight(name), plan[name].scheme))
+        for key in found.names:
+            layer, _, suffix = key.rpartition(".")
+            if layer not in found.quantized or suffix == "bias":
+                sink.put_tensor(key, found.tensor(key))
+        return sink.commit()
+    except BaseException:
+        sink.abort()
+        raise
+
+
+def plan_of(found: Readable, schemes: Mapping[str, Scheme]) -> LayerPlan:
+    """Return the plan that a checkpoint is the result of."""
+    rows = []
+    for key, fact in found.facts.items():
+        layer, _, suffix = key.rpartition(".")
+        if layer in found.quantized or suffix != "weight" or len(fact.shape) != 2:  # noqa: PLR2004
+            continue
+        rows.append(PlanRow(_layer(layer, fact.shape), Scheme(name="BF16"), "not quantized"))
+    for name, entry in found.quantized.items():
+        shape = (entry.rows, entry.columns)
+        rows.append(PlanRow(_layer(name, shape), schemes[name], "as in the source"))
+    names = [row.scheme for row in rows if row.quantized]
+    default = max(names, key=lambda one: sum(s.weight == one.weight for s in names))
+    return LayerPlan(rows=tuple(rows), default=default)
+
+
+def _layer(name: str, shape: tuple[int, ...]) -> LayerInfo:
+    tail = name.rpartition(".")[2]
+    if tail in _EMBEDDINGS:
+        return LayerInfo(name, shape[0], shape[1], None, role="embedding")
+    if tail in _HEADS:
+        return LayerInfo(name, shape[0], shape[1], None, role="lm_head")
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    block = None if index is None else ".".join(parts[: index + 1])
+    return LayerInfo(name, shape[0], shape[1], block)
+
+
+def _block_lists(plan: LayerPlan) -> tuple[str, ...]:
+    blocks = (r.layer.block for r in plan.quantized if r.layer.block is not None)
+    return tuple(dict.fromkeys(b.rpartition(".")[0] for b in blocks))
+
+
+def _exact(found: Readable, name: str, *, gguf: bool) -> Scheme | str:
+    """Return the scheme a layer has in the new format, or why it cannot go there."""
+    entry = found.quantized[name]
+    spec = entry.scheme.weight
+    assert spec is not None
+    if spec.data_type != "int" or spec.symmetric or not gguf:
+        return _named(entry)
+    if spec.group_size != _BLOCK or spec.bits not in (4, 5):
+        return f"GGUF's types with a minimum have 4 or 5 bits in groups of 32, not {spec}"
+    weight = found.weight(name)
+    minimum = _minimum(weight)
+    if not torch.equal(minimum.half().float(), minimum):
+        return "scale * zero point is no float16 number, which GGUF would have to store"
+    return scheme(f"GGUF:Q{spec.bits}_1")
+
+
+def _named(entry: LayerEntry) -> Scheme:
+    return replace(entry.scheme, name=entry.scheme.name or describe(entry.scheme), fixed=False)
+
+
+def _minimum(weight: QuantizedWeight) -> torch.Tensor:
+    assert weight.zero_point is not None
+    return -(weight.scale.float() * weight.zero_point.float())
+
+
+def _as_scheme(weight: QuantizedWeight, wanted: Scheme) -> QuantizedWeight:
+    spec = wanted.weight
+    assert spec is not None
+    if spec.data_type != "int_asym_float_zp" or weight.spec.data_type != "int":
+        return weight
+    extra = {"minimum": _minimum(weight).half()}
+    return QuantizedWeight(spec, weight.codes, weight.scale, extra=extra)

@@ -1,0 +1,36 @@
+"""Which format carries which scheme: asked of the formats themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ar_export.registry import formats
+from ar_kernels import data_types
+from ar_schemes import schemes
+
+if TYPE_CHECKING:
+    from ar_export.formats.base import Format
+    from ar_schemes import Scheme
+
+SAMPLE = (512, 512)
+"""Shape of the layer that is asked about; every preset divides it."""
+
+
+def support_matrix() -> dict[str, dict[str, str | None]]:
+    """Return, by scheme and format, None where it is carried, else the reason why not."""
+    return {
+        one.name: {found.name: reason(found, one) for found in formats().values()}
+        for one in schemes().values()
+        if one.weight is not None
+    }
+
+
+def reason(found: Format, one: Scheme) -> str | None:
+    """Return why no spelling of a format carries a scheme, or None."""
+    known = data_types()
+    needed = [s for s in (one.weight, one.activation) if s is not None]
+    for spec in needed:
+        if spec.data_type not in known:
+            return f"no installed package computes {spec.data_type}"
+    whys = [found.refuses(spelling, one, *SAMPLE) for spelling in found.spellings]
+    return None if None in whys else whys[0]
