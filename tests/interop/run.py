@@ -190,7 +190,8 @@ def page(results: dict[str, dict[str, str]], model: str) -> str:
         "",
         "`equal (x)`: each layer of the reader, applied to the identity, gives our dequantized "
         "weight within one rounding of bfloat16 (x is the largest difference seen, relative "
-        "to the largest weight). `agrees`: llama.cpp's log-probabilities (it quantizes activations to 8 bits) "
+        "to the largest weight). `agrees`: llama.cpp's log-probabilities (it quantizes "
+        "activations to 8 bits) "
         "and tokens. Not read here: engines that need a GPU (vLLM, SGLang).",
         "",
         f"| scheme | format | {' | '.join(READERS)} |",
