@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ar_export.formats.base import Request
     from ar_kernels import QuantizedWeight
+    from ar_kernels.layouts import TensorFact
     from ar_schemes import LayerPlan, Scheme
 
 METHOD = "auto-round"
@@ -92,16 +93,16 @@ class Nf4Format:
         )
 
     def layers(
-        self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+        self, config: Mapping[str, Any], tensors: Mapping[str, TensorFact]
     ) -> dict[str, LayerEntry]:
-        """Return the quantized layers of a checkpoint from its config and tensor shapes.
+        """Return the quantized layers of a checkpoint from its config and its tensors.
 
         Raises:
             ExportError: config and tensors contradict each other.
         """
         packed = {
-            name.removesuffix(".codes"): shape
-            for name, shape in shapes.items()
+            name.removesuffix(".codes"): fact.shape
+            for name, fact in tensors.items()
             if name.endswith(".codes")
         }
         try:

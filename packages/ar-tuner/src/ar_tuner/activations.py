@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+
 from ar_kernels.numerics.activation import fake_quant_activation, static_scale
 
 if TYPE_CHECKING:
