@@ -103,6 +103,10 @@ class NvFp4(FloatType):
         """Return block scale / tensor scale, float32."""
         return weight.scale.float() / weight.extra["global_scale"]
 
+    def params_of(self, weight: QuantizedWeight) -> Params:
+        """Return the parameters a weight was quantized with; see `Columnwise`."""
+        return _params(weight.scale.float(), weight.extra["global_scale"])
+
 
 class NvFp4E5M3(FloatType):
     """Data type `nvfp4_v2`: block scales are bits of an unsigned E5M3, no tensor scale."""
