@@ -1,0 +1,191 @@
+"""Stage `distill`: a whole quantized model learns to predict what the float model predicts.
+
+Blocks that were tuned one by one reproduce their own outputs; what couples them is left. Here
+latent weights, scales and the gains of norms take small adaptive steps along the gradient of the
+KL divergence between the two models' predictions, each row of text seen about once. Scales alone
+are EfficientQAT's second phase (arXiv 2407.11062, section 3.3); moving codes as well, behind a
+margin, is ours and worth several times as much (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ar_tuner.distill.divergence import divergence
+from ar_tuner.distill.latent import Latent
+from ar_tuner.distill.moments import Moments
+from ar_tuner.stages import ModelResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from ar_tuner.stages import ModelTask
+
+REPORTS = 10
+WARM = 5
+"""Steps over which the step size grows to its full value."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """First step sizes: of latent weights in quantization steps, of scale factors, of gains."""
+
+    codes: float
+    scales: float
+    gains: float
+
+
+def sizes(bits: int) -> Sizes:
+    """Return the step sizes for weights of a width; coarser ones have more to move."""
+    if bits <= 2:  # noqa: PLR2004
+        return Sizes(codes=4e-3, scales=3e-3, gains=2e-3)
+    return Sizes(codes=3e-3, scales=1e-3, gains=1e-3)
+
+
+class Distill:
+    """Stage `distill`."""
+
+    name = "distill"
+
+    def refine(self, task: ModelTask) -> ModelResult:
+        """Return the refined weights and gains, or none where held-out rows do not gain."""
+        floats = {t.parameter: t.view(t.original) for t in task.targets}
+        before = _held_out(task, floats, {t.parameter: _as_is(t) for t in task.targets}, {})
+        latents = [Latent.of(t, codes=True, scales=True) for t in task.targets]
+        gains = {name: _Gain.of(value) for name, value in task.gains.items()}
+        began = _restore(task, latents, gains)
+        for step in range(began, task.settings.steps):
+            loss = _step(task, floats, latents, gains, step)
+            done = step + 1
+            if done % max(1, task.settings.steps // REPORTS) == 0:
+                task.report(done, task.settings.steps, loss)
+                task.save(_state(latents, gains), done)
+        tuned = {x.target.parameter: x.stored(x.target.original) for x in latents}
+        moved = {name: gain.stored() for name, gain in gains.items()}
+        after = _held_out(task, floats, tuned, moved)
+        if not after < before:
+            return ModelResult(loss_before=before, loss_after=before)
+        weights = {x.target.layer: x.quantize() for x in latents}
+        return ModelResult(weights, moved, before, after)
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """A float parameter that moves; stored in its own type."""
+
+    value: Tensor
+    moments: Moments
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, value: Tensor) -> _Gain:
+        plain = value.detach().float().clone()
+        return cls(plain, Moments.like(plain), value.dtype)
+
+    def stored(self) -> Tensor:
+        return self.value.to(self.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"value": self.value, "first": self.moments.first, "second": self.moments.second}
+
+
+def _step(
+    task: ModelTask,
+    floats: Mapping[str, Tensor],
+    latents: list[Latent],
+    gains: Mapping[str, _Gain],
+    step: int,
+) -> float:
+    """Move everything once and return the loss of the rows it was moved for."""
+    leaves = {x.target.parameter: x.stored(x.target.original).requires_grad_() for x in latents}
+    leaves |= {name: gain.stored().requires_grad_() for name, gain in gains.items()}
+    rows = _rows(task, step)
+    total = 0.0
+    for part in _parts(task, rows, floats):
+        with torch.no_grad():
+            reference = task.logits(floats, part, False)  # noqa: FBT003
+        with torch.enable_grad():
+            loss = divergence(task.logits(leaves, part, True), reference)  # noqa: FBT003
+            (loss * (part.shape[0] / rows.shape[0])).backward()
+        total += float(loss.detach()) * part.shape[0] / rows.shape[0]
+    share = _schedule(step, task.settings.steps)
+    for latent in latents:
+        grad = leaves[latent.target.parameter].grad
+        if grad is not None:
+            size = sizes(latent.target.weight.spec.bits)
+            latent.step(grad, step, codes=size.codes * share, scales=size.scales * share)
+    bits = min((x.target.weight.spec.bits for x in latents), default=8)
+    for name, gain in gains.items():
+        grad = leaves[name].grad
+        if grad is not None:
+            gain.moments.move(gain.value, grad.float(), step, sizes(bits).gains * share)
+    return total
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the share of the full step size: a short rise, then half a cosine to zero."""
+    return min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _rows(task: ModelTask, step: int) -> Tensor:
+    """Return the rows of a step: all rows in a random order, then again in another."""
+    count, size = task.rows.shape[0], min(task.settings.batch_size, task.rows.shape[0])
+    per_pass = count // size
+    made = torch.Generator().manual_seed(task.settings.seed + step // per_pass)
+    order = torch.randperm(count, generator=made)
+    start = step % per_pass * size
+    return task.rows[order[start : start + size].to(task.rows.device)]
+
+
+def _parts(task: ModelTask, rows: Tensor, floats: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Yield rows in parts whose logits fit the limit."""
+    size = task.settings.max_logits // (rows.shape[1] * max(1, _vocabulary(task, rows, floats)))
+    yield from rows.split(max(1, min(size, rows.shape[0])))
+
+
+def _vocabulary(task: ModelTask, rows: Tensor, floats: Mapping[str, Tensor]) -> int:
+    with torch.no_grad():
+        return int(task.logits(floats, rows[:1, :2], False).shape[-1])  # noqa: FBT003
+
+
+def _held_out(
+    task: ModelTask,
+    floats: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    gains: Mapping[str, Tensor],
+) -> float:
+    """Return the mean divergence on the held-out rows."""
+    total = 0.0
+    with torch.no_grad():
+        for part in _parts(task, task.held_out, floats):
+            reference = task.logits(floats, part, False)  # noqa: FBT003
+            found = divergence(task.logits({**weights, **gains}, part, True), reference)  # noqa: FBT003
+            total += float(found) * part.shape[0]
+    return total / task.held_out.shape[0]
+
+
+def _as_is(target: object) -> Tensor:
+    from ar_tuner.stages import ModelTarget
+
+    assert isinstance(target, ModelTarget)
+    return target.view(target.weight.dequantize()).to(target.original.dtype)
+
+
+def _state(latents: list[Latent], gains: Mapping[str, _Gain]) -> dict[str, Tensor]:
+    out = {f"{x.target.parameter}|{k}": v for x in latents for k, v in x.state().items()}
+    return out | {f"{name}|{k}": v for name, gain in gains.items() for k, v in gain.state().items()}
+
+
+def _restore(task: ModelTask, latents: list[Latent], gains: Mapping[str, _Gain]) -> int:
+    if task.saved is None:
+        return 0
+    tensors, done = task.saved
+    for name, tensor in _state(latents, gains).items():
+        tensor.copy_(tensors[name])
+    return done
