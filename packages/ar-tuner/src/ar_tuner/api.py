@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
 from ar_tuner import events
+from ar_tuner.algorithms.opt_rtn import gains
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers
@@ -163,9 +164,14 @@ class AutoRound:
         return self._prepared
 
     def algorithm(self) -> Algorithm:
-        """Return the algorithm of the recipe."""
+        """Return the algorithm of the recipe.
+
+        Searched scales are not worth a calibration when every layer is too wide to gain by them.
+        """
         recipe = self.settings.chosen
-        return algorithm("rtn" if recipe.iters == 0 else recipe.algorithm)
+        forced = recipe.disable_opt_rtn is False
+        idle = not forced and not any(gains(row.scheme) for row in self.plan().quantized)
+        return algorithm("rtn" if recipe.algorithm == "opt_rtn" and idle else recipe.algorithm)
 
     def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Tensor:
         """Return the calibration tokens [N, T], after telling what they are made of."""

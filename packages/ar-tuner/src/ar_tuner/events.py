@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+Level: TypeAlias = Literal["info", "warning"]
+
 
 @dataclass(frozen=True)
 class Event:
@@ -70,8 +72,9 @@ class BlockProgress(Event):
 class BlockDone(Event):
     """A block is final.
 
-    Losses are mean squared errors of the block's output on the same rows, rounded to nearest and
-    as returned; None where nothing was measured. `eta_seconds` is None until it can be told.
+    Losses are mean squared errors of the block's output (for the output head: KL divergence of the
+    probabilities, in nats) on the same rows, rounded to nearest and as returned; None where nothing
+    was measured. `eta_seconds` is None until it can be told.
     """
 
     kind: ClassVar[str] = "block_done"
@@ -90,7 +93,7 @@ class Note(Event):
     """Something a user should know; a warning when the result differs from what was asked."""
 
     kind: ClassVar[str] = "note"
-    level: Literal["info", "warning"]
+    level: Level
     text: str
 
 

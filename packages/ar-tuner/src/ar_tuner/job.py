@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ar_tuner import events
-from ar_tuner.algorithms.base import Target, TuneSettings
+from ar_tuner.algorithms.base import BlockResult, Target
 from ar_tuner.algorithms.rtn import nearest
-from ar_tuner.blocks import WeightRef, is_linear, weight_of
+from ar_tuner.blocks import Block, WeightRef, is_linear, weight_of
+from ar_tuner.determinism import deterministic
 from ar_tuner.errors import TunerError
+from ar_tuner.logits import tail_of
 from ar_tuner.names import map_names, source_files, source_tensors
-from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks
+from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks, wants_float_inputs
 from ar_tuner.progress import Eta, peak_bytes
-from ar_tuner.recipes import auto_lr
 from ar_tuner.registry import open_sink
 from ar_tuner.run import Run, fingerprint
 from ar_tuner.sink import SinkRequest, Sinks, folders
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -37,9 +38,10 @@ def quantize_in_memory(request: AutoRound, prepared: Prepared) -> None:
     """Quantize the model in place, without a run directory."""
     began = time.perf_counter()
     job = _job(request, prepared, finished=lambda _: None)
-    for _ in _narrated(request, job, resumed=0, run_dir=""):
-        continue
-    for name, weight in _outside(prepared):
+    with deterministic(enabled=request.settings.enable_deterministic_algorithms):
+        for _ in _narrated(request, job, resumed=0, run_dir=""):
+            continue
+    for name, weight in _outside(prepared, job):
         _install_outside(prepared.model, name, weight)
     request.emit(
         events.RunFinished(
@@ -74,13 +76,14 @@ def quantize_to_directory(
         )
         with run:
             job = _job(request, prepared, finished=_loader(run), rows=rows)
-            outside = dict(_outside(prepared))
-            _write(request, prepared, job, run, sink, outside)
+            outside = dict(_outside(prepared, job))
+            with deterministic(enabled=request.settings.enable_deterministic_algorithms):
+                _write(request, prepared, job, run, sink, outside)
             written = sink.commit()
             final = written[0] if len(written) == 1 else output
             if check is not None:
                 for path in written:
-                    find = _weight_finder(request, prepared, run, outside)
+                    find = _weight_finder(request, prepared, job, run, outside)
                     check(path, find, prepared.model)
             event = events.RunFinished(
                 str(final), time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
@@ -127,12 +130,12 @@ def _write(  # noqa: PLR0913
         sink.put(key.removesuffix(".weight"), weight)
         written.add(key)
 
-    for index, name, weights in _narrated(
+    for index, name, result in _narrated(
         request, job, resumed=len(run.finished), run_dir=str(run.directory), run=run
     ):
         if index not in run.finished:
-            run.save_block(index, name, weights, {})
-        for layer, weight in weights.items():
+            run.save_block(index, name, result.weights, result.facts())
+        for layer, weight in result.weights.items():
             put(layer, weight)
     for layer, weight in outside.items():
         _install_outside(prepared.model, layer, weight)
@@ -143,15 +146,15 @@ def _write(  # noqa: PLR0913
 
 def _narrated(
     request: AutoRound, job: Job, *, resumed: int, run_dir: str, run: Run | None = None
-) -> Iterator[tuple[int, str, Mapping[str, QuantizedWeight]]]:
-    """Yield (index, name, weights) of every block, telling listeners how it goes."""
+) -> Iterator[tuple[int, str, BlockResult]]:
+    """Yield (index, name, result) of every block, telling listeners how it goes."""
 
     def emit(event: events.RunEvent) -> None:
         if run is not None:
             run.record(event)
         request.emit(event)
 
-    blocks = job.discovery.blocks
+    blocks = job.blocks
     total = len(blocks)
     emit(
         events.RunStarted(
@@ -166,6 +169,7 @@ def _narrated(
             events.BlockProgress(i, total, blocks[i].name, step, steps, loss)
         ),
         started=lambda i: emit(events.BlockStarted(i, total, blocks[i].name)),
+        note=lambda level, text: emit(events.Note(level, text)),
     )
     eta = Eta(total)
     for outcome in quantize_blocks(job):
@@ -186,86 +190,85 @@ def _narrated(
                 eta.seconds_left(),
             )
         )
-        yield outcome.index, outcome.name, result.weights
+        yield outcome.index, outcome.name, result
 
 
 def _job(
     request: AutoRound,
     prepared: Prepared,
     *,
-    finished: Callable[[int], Weights | None],
+    finished: Callable[[int], BlockResult | None],
     rows: Tensor | None = None,
 ) -> Job:
     recipe = request.settings.chosen
     chosen = request.algorithm()
     if rows is None and needs_inputs(chosen, prepared.plan):
         rows = request.calibration_rows(prepared.tokenizer, prepared.model)
-    spec = request.scheme.weight
-    lr = recipe.lr
-    if lr is None and recipe.iters:
-        lr = auto_lr(recipe.iters, spec.bits if spec is not None else 4)
+    tuned = recipe.iters > 0
+    chained = request.settings.enable_quanted_input and not wants_float_inputs(chosen)
     return Job(
         model=prepared.model,
         adapter=prepared.adapter,
         discovery=prepared.discovery,
         plan=prepared.plan,
         algorithm=chosen,
-        settings=TuneSettings(
-            iters=recipe.iters,
-            batch_size=recipe.batch_size,
-            lr=lr,
-            minmax_lr=recipe.minmax_lr,
-            seed=request.settings.seed,
-            scale_init=request.settings.scale_init,
-            keep="last" if request.settings.not_use_best_mse else "best",
-            minmax_tuning=request.settings.enable_minmax_tuning,
-        ),
+        settings=request.settings.tuning(),
         rows=None if rows is None else rows.to(_device(prepared.model)),
         chain_batch=recipe.batch_size,
-        quantized_inputs=request.settings.enable_quanted_input,
+        quantized_inputs=chained,
         finished=finished,
         report=lambda index, step, steps, loss: None,
+        window=request.settings.nblocks if tuned else 1,
+        head=_head(prepared) if rows is not None else None,
+        tail=tail_of(getattr(prepared.model, "config", None)),
     )
+
+
+def _head(prepared: Prepared) -> Block | None:
+    """Return the output head as a block of its own if it is to be quantized."""
+    heads = (r for r in prepared.plan.of_block(None) if r.quantized and r.layer.role == "lm_head")
+    name = next((row.layer.name for row in heads), None)
+    return None if name is None else Block(name, prepared.model.get_submodule(name))
 
 
 def _device(model: nn.Module) -> Any:
     return next(model.parameters()).device
 
 
-def _loader(run: Run) -> Callable[[int], Weights | None]:
-    def load(index: int) -> Weights | None:
+def _loader(run: Run) -> Callable[[int], BlockResult | None]:
+    def load(index: int) -> BlockResult | None:
         if index not in run.finished:
             return None
-        return dict(run.load_block(index)[0])
+        return BlockResult.restored(*run.load_block(index))
 
     return load
 
 
 def _weight_finder(
-    request: AutoRound, prepared: Prepared, run: Run, outside: Weights
+    request: AutoRound, prepared: Prepared, job: Job, run: Run, outside: Weights
 ) -> Callable[[str], QuantizedWeight]:
     """Return a function from a layer's name in the files to its exact weight."""
     names = {
         source.removesuffix(".weight"): model.removesuffix(".weight")
         for model, source in _source_names(request, prepared).items()
     }
-    index_of = {b.name: i for i, b in enumerate(prepared.discovery.blocks)}
+    index_of = {b.name: i for i, b in enumerate(job.blocks)}
 
     def find(layer: str) -> QuantizedWeight:
         layer = names.get(layer, layer)
         if layer in outside:
             return outside[layer]
         block = prepared.plan[layer].layer.block
-        assert block is not None
-        return run.load_block(index_of[block])[0][layer]
+        return run.load_block(index_of[layer if block is None else block])[0][layer]
 
     return find
 
 
-def _outside(prepared: Prepared) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Yield quantized layers outside the blocks (output head, embedding), rounded to nearest."""
+def _outside(prepared: Prepared, job: Job) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Yield quantized layers that the walk does not reach (the embedding), rounded to nearest."""
+    walked = None if job.head is None else job.head.name
     for row in prepared.plan.of_block(None):
-        if row.quantized:
+        if row.quantized and row.layer.name != walked:
             module = prepared.model.get_submodule(row.layer.name)
             ref = WeightRef(row.layer.name, "weight", transposed=False)
             if not is_linear(module) and row.layer.role != "embedding":

@@ -15,7 +15,7 @@ class Recipe:
         batch_size: rows per step.
         lr: first step of the rounding offsets, in quantization steps; None: see `auto_lr`.
         minmax_lr: first step of the scale factors; None: as `lr`.
-        algorithm: name of the algorithm.
+        disable_opt_rtn: without steps, round with plain scales instead of searched ones.
     """
 
     name: str
@@ -25,7 +25,14 @@ class Recipe:
     batch_size: int = 8
     lr: float | None = None
     minmax_lr: float | None = None
-    algorithm: str = "signround"
+    disable_opt_rtn: bool | None = None
+
+    @property
+    def algorithm(self) -> str:
+        """Name of the algorithm."""
+        if self.iters:
+            return "signround"
+        return "rtn" if self.disable_opt_rtn else "opt_rtn"
 
 
 RECIPES: dict[str, Recipe] = {
@@ -34,9 +41,12 @@ RECIPES: dict[str, Recipe] = {
         Recipe("best", iters=1000, nsamples=512),
         Recipe("default", iters=200, nsamples=128),
         Recipe("light", iters=50, nsamples=128, lr=5e-3),
-        Recipe("rtn", iters=0, nsamples=1, algorithm="rtn"),
+        Recipe("rtn", iters=0, nsamples=1, disable_opt_rtn=True),
+        Recipe("opt_rtn", iters=0, nsamples=128),
     )
 }
+SPELLINGS = {"opt-rtn": "opt_rtn"}
+"""Other ways to write a recipe's name."""
 
 
 def auto_lr(iters: int, bits: int) -> float:
