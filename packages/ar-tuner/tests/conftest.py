@@ -75,7 +75,7 @@ def rows() -> torch.Tensor:
 
 
 class Words:
-    """A tokenizer in the manner of transformers: one id per word, its length; 1 before a text."""
+    """A tokenizer in the manner of transformers: one id per word, its length; 99 before a text."""
 
     eos_token_id = 0
     chat_template: str | None = None
@@ -88,8 +88,8 @@ class Words:
         self, texts: list[str], *, add_special_tokens: bool = True, verbose: bool = True
     ) -> Any:
         self.calls += 1
-        before = [1] if self.begins and add_special_tokens else []
-        ids = [before + [1 if w == "<s>" else len(w) for w in text.split()] for text in texts]
+        before = [99] if self.begins and add_special_tokens else []
+        ids = [before + [99 if w == "<s>" else len(w) for w in text.split()] for text in texts]
         return type("Encoded", (), {"input_ids": ids})()
 
     def apply_chat_template(

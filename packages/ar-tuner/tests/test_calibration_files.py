@@ -12,23 +12,35 @@ from ar_tuner.calibration.files import is_local, read_path
 @pytest.mark.parametrize(
     ("name", "content", "records"),
     [
-        ("a.txt", "first paragraph\nof two lines\n \n\nsecond one\n", ["first paragraph\nof two lines", "second one"]),
+        (
+            "a.txt",
+            "first paragraph\nof two lines\n \n\nsecond one\n",
+            ["first paragraph\nof two lines", "second one"],
+        ),
         ("a.json", '["one", {"text": "two"}]', ["one", {"text": "two"}]),
         ("b.json", '{"data": [{"content": "one"}], "version": 1}', [{"content": "one"}]),
         ("c.json", '{"train": ["one"], "test": ["two"]}', ["one", "two"]),
         ("d.json", '{"0": "one", "1": {"text": "two"}}', ["one", {"text": "two"}]),
         ("e.json", '{"text": "one"}', [{"text": "one"}]),
         ("f.json", '{"text": ["one", "two"]}', ["one", "two"]),
-        ("g.json", '{"messages": [{"role": "user", "content": "x"}]}', [{"messages": [{"role": "user", "content": "x"}]}]),
+        (
+            "g.json",
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            [{"messages": [{"role": "user", "content": "x"}]}],
+        ),
         ("h.json", '{"input_ids": [1, 2]}', [{"input_ids": [1, 2]}]),
         ("i.json", '{"input_ids": [[1, 2], [3]]}', [[1, 2], [3]]),
         ("j.json", '"one"', ["one"]),
-        ("a.jsonl", '{"text": "one"}\n\n"two\\u2028still two"\n', [{"text": "one"}, "two\u2028still two"]),
+        (
+            "a.jsonl",
+            '{"text": "one"}\n\n"two\\u2028still two"\n',
+            [{"text": "one"}, "two\u2028still two"],
+        ),
         ("b.jsonl", '{"text": "line\u2028separator"}\n', [{"text": "line\u2028separator"}]),
         ("c.jsonl", '\ufeff"marked"\n', ["marked"]),
         ("A.JSONL", '"upper"\n', ["upper"]),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_any_kind_gives_its_records(tmp_path, name, content, records) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert list(read_path(tmp_path / name)) == records

@@ -19,18 +19,41 @@ HI = Chat((("user", "hi"), ("assistant", "hello")))
         ({"code": "x = 1"}, "x = 1"),
         ({"prompt": "alone"}, "alone"),
         ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}], HI),
-        ({"messages": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "hello"}]}, HI),
-        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}, HI),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}, Chat((("user", "hi"),))),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "hello"}]},
+            HI,
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "hi"},
+                    {"from": "gpt", "value": "hello"},
+                ]
+            },
+            HI,
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+            Chat((("user", "hi"),)),
+        ),
         ({"prompt": "hi", "response": "hello"}, HI),
         ({"question": "hi", "answer": "hello"}, HI),
-        ({"instruction": "add", "input": "1 2", "output": "3"}, Chat((("user", "add\n\n1 2"), ("assistant", "3")))),
+        (
+            {"instruction": "add", "input": "1 2", "output": "3"},
+            Chat((("user", "add\n\n1 2"), ("assistant", "3"))),
+        ),
         ({"instruction": "hi", "input": "", "output": "hello"}, HI),
-        ({"system": "be", "messages": [{"role": "user", "content": "hi"}]}, Chat((("system", "be"), ("user", "hi")))),
-        ({"system": "be", "prompt": "hi", "response": "hello"}, Chat((("system", "be"), *HI.messages))),
+        (
+            {"system": "be", "messages": [{"role": "user", "content": "hi"}]},
+            Chat((("system", "be"), ("user", "hi"))),
+        ),
+        (
+            {"system": "be", "prompt": "hi", "response": "hello"},
+            Chat((("system", "be"), *HI.messages)),
+        ),
         ({"messages": [{"role": "assistant", "content": None}]}, Chat((("assistant", ""),))),
     ],
-)  # fmt: skip
+)
 def test_a_record_is_a_text_or_a_chat(record, document) -> None:
     assert document_of(record, where="w") == document
 
@@ -66,10 +89,10 @@ def test_a_field_may_be_named() -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (3, "w: a int holds no text"),
+        (3, "w: data of type int holds no text"),
         ({"other": 1}, "a record with the fields other holds no text.*messages"),
-        ({}, "a dict holds no text"),
-        ([0.5], "a list holds no text"),
+        ({}, "data of type dict holds no text"),
+        ([0.5], "data of type list holds no text"),
         ({"messages": ["hi"]}, "'hi' is no message of a chat"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is no message"),
         ({"messages": [{"content": "hi"}]}, "needs a role"),

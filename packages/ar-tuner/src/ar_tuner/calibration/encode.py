@@ -156,7 +156,7 @@ class SetEncoder:
         return _Draft(index, self.encoder.number(content), content.decode(), way)
 
     def _encode(self, drafts: Sequence[_Draft], characters: int) -> list[Encoded]:
-        texts = [d.content[:characters] for d in drafts if isinstance(d.content, str)]
+        texts = [_clipped(d.content, characters) for d in drafts if isinstance(d.content, str)]
         encoded = iter(self.encoder.ids(texts) if texts else [])
         before = self.encoder.prefix
         out = []
@@ -177,6 +177,14 @@ class _Draft:
     number: int
     content: str | NDArray[np.int32]
     way: Way | None
+
+
+def _clipped(text: str, characters: int) -> str:
+    """Return the beginning of a text up to a blank, so that no word is halved."""
+    if len(text) <= characters:
+        return text
+    end = max(text.rfind(" ", 0, characters + 1), text.rfind("\n", 0, characters + 1))
+    return text[: end if end > characters // 2 else characters]
 
 
 def _ids(ids: Sequence[int]) -> NDArray[np.int32]:

@@ -93,7 +93,9 @@ def document_of(record: Any, *, where: str, key: str | None = None) -> Document:
     if found is not None:
         return found
     fields = ", ".join(map(str, record)) if isinstance(record, Mapping) else ""
-    what = f"a record with the fields {fields}" if fields else f"a {type(record).__name__}"
+    what = (
+        f"a record with the fields {fields}" if fields else f"data of type {type(record).__name__}"
+    )
     asked = "" if key is None else f" in the field {key!r} asked for"
     msg = (
         f"{where}: {what} holds no text{asked}. Use strings, or records with one of the fields "
