@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from ar_tuner import TunerError
-from ar_tuner.calibration.records import Chat, Tokens, document_of, is_empty, size_of
+from ar_tuner.calibration.records import Chat, Tokens, document_of, ids_of, is_empty, size_of
 
 HI = Chat((("user", "hi"), ("assistant", "hello")))
 
@@ -63,7 +62,7 @@ def test_a_record_is_a_text_or_a_chat(record, document) -> None:
     [
         [3, 4, 5],
         torch.tensor([3, 4, 5]),
-        np.array([3, 4, 5]),
+        torch.tensor([3, 4, 5]).numpy(),
         {"input_ids": [3, 4, 5]},
         {"input_ids": [3, 4, 5, 9, 9], "attention_mask": [1, 1, 1, 0, 0]},
     ],
@@ -97,6 +96,7 @@ def test_a_field_may_be_named() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is no message"),
         ({"messages": [{"content": "hi"}]}, "needs a role"),
         ({"input_ids": [0.5]}, "whole numbers"),
+        ({"input_ids": [2**31]}, "whole numbers of 32 bits"),
         ({"input_ids": [True]}, "whole numbers"),
         ({"input_ids": "abc"}, "neither text nor token ids"),
     ],
@@ -107,7 +107,7 @@ def test_a_record_of_another_kind_is_refused_with_the_names_that_work(record, me
 
 
 def test_what_holds_only_blanks_is_empty() -> None:
-    empty = (" \n", Chat((("user", " "),)), Tokens(np.empty(0, np.int32)))
+    empty = (" \n", Chat((("user", " "),)), Tokens(ids_of([])))
     assert all(map(is_empty, empty))
-    assert not any(map(is_empty, ("x", HI, Tokens(np.ones(1, np.int32)))))
-    assert [size_of(d) for d in ("abc", HI, Tokens(np.ones(3, np.int32)))] == [3, 7, 12]
+    assert not any(map(is_empty, ("x", HI, Tokens(ids_of([1])))))
+    assert [size_of(d) for d in ("abc", HI, Tokens(ids_of([1, 1, 1])))] == [3, 7, 12]

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from ar_tuner import TunerError
 from ar_tuner.calibration import parse_sets
 from ar_tuner.calibration.packing import Row
+from ar_tuner.calibration.records import ids_of
 from ar_tuner.calibration.shares import draw, shares
 
 
@@ -33,7 +33,7 @@ def test_a_set_for_which_no_row_is_left_is_refused(text) -> None:
 
 
 def rows(count):
-    return iter([Row(np.asarray([i], np.int32), (i,), "whole") for i in range(count)])
+    return iter([Row(ids_of([i]), (i,), "whole") for i in range(count)])
 
 
 def test_what_one_set_lacks_the_unbounded_ones_give() -> None:

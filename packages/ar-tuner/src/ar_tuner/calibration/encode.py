@@ -7,16 +7,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ar_tuner.calibration.chat import Renderer
-from ar_tuner.calibration.records import Tokens
+from ar_tuner.calibration.records import Tokens, ids_of
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Iterator, Sequence
-
-    from numpy.typing import NDArray
 
     from ar_tuner.calibration.chat import Way
     from ar_tuner.calibration.grammar import SetRequest
@@ -40,17 +37,17 @@ class Encoded:
     number: int
     index: int
     prefix: tuple[int, ...]
-    body: NDArray[np.int32]
+    body: array[int]
     cut: bool = False
 
     def windows(self, seqlen: int) -> int:
         """Return how many rows of `seqlen` tokens it fills."""
-        return self.body.size // (seqlen - len(self.prefix))
+        return len(self.body) // (seqlen - len(self.prefix))
 
-    def window(self, index: int, seqlen: int) -> NDArray[np.int32]:
+    def window(self, index: int, seqlen: int) -> array[int]:
         """Return one of these rows; they do not overlap."""
         room = seqlen - len(self.prefix)
-        return np.concatenate([_ids(self.prefix), self.body[index * room : (index + 1) * room]])
+        return ids_of(self.prefix) + self.body[index * room : (index + 1) * room]
 
 
 @dataclass(frozen=True)
@@ -94,10 +91,10 @@ class Encoder:
         digest = hashlib.blake2b(content, digest_size=16).digest()
         return self.numbers.setdefault(digest, len(self.numbers))
 
-    def ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def ids(self, texts: Sequence[str]) -> list[array[int]]:
         """Return the token ids of texts, without special tokens around them."""
         found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-        return [_ids(ids) for ids in found]
+        return [ids_of(ids) for ids in found]
 
 
 class SetEncoder:
@@ -163,7 +160,7 @@ class SetEncoder:
         for draft in drafts:
             cut = isinstance(draft.content, str) and len(draft.content) > characters
             body = next(encoded) if isinstance(draft.content, str) else draft.content
-            starts = bool(before) and tuple(body[: len(before)].tolist()) == before
+            starts = bool(before) and tuple(body[: len(before)]) == before
             if starts:  # a template writes the tokens before a text itself; so may token data
                 body = body[len(before) :]
             prefix = before if starts or draft.way not in ("chat", None) else ()
@@ -175,7 +172,7 @@ class SetEncoder:
 class _Draft:
     index: int
     number: int
-    content: str | NDArray[np.int32]
+    content: str | array[int]
     way: Way | None
 
 
@@ -185,7 +182,3 @@ def _clipped(text: str, characters: int) -> str:
         return text
     end = max(text.rfind(" ", 0, characters + 1), text.rfind("\n", 0, characters + 1))
     return text[: end if end > characters // 2 else characters]
-
-
-def _ids(ids: Sequence[int]) -> NDArray[np.int32]:
-    return np.asarray(ids, dtype=np.int32)

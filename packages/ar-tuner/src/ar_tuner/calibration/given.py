@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from ar_tuner.calibration.records import Tokens, document_of, is_empty, token_ids
+from ar_tuner.calibration.records import Tokens, document_of, ids_of, is_empty, token_ids
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def given_documents(dataset: Any) -> Iterator[Document]:
         names = ", ".join(map(str, dataset))
         msg = f"dataset is a mapping ({names}): give one of its values, such as dataset['train']"
         raise TunerError(msg)
-    if isinstance(dataset, (torch.Tensor, np.ndarray)):
+    if hasattr(dataset, "ndim"):  # a tensor or an array
         dataset = [dataset]
     try:
         iterator: Iterable[Any] = iter(dataset)
@@ -68,10 +67,10 @@ def _of_item(item: Any) -> Iterator[Document]:
 
 def _of_tokens(value: Any, mask: Any) -> Iterator[Tokens]:
     """Yield the rows of token ids, without what a mask says is padding."""
-    ids = np.atleast_2d(token_ids(value))
-    kept = np.ones_like(ids) if mask is None else np.atleast_2d(token_ids(mask))
+    ids = torch.atleast_2d(token_ids(value))
+    kept = torch.ones_like(ids) if mask is None else torch.atleast_2d(token_ids(mask))
     if kept.shape != ids.shape:
         msg = f"attention_mask {list(kept.shape)} does not fit input_ids {list(ids.shape)}"
         raise TunerError(msg)
     for row, used in zip(ids, kept, strict=True):
-        yield Tokens(np.ascontiguousarray(row[used != 0]))
+        yield Tokens(ids_of(row[used != 0].tolist()))

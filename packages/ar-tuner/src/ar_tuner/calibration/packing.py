@@ -7,12 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
+from ar_tuner.calibration.records import ids_of
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Iterable, Iterator, Sequence
-
-    from numpy.typing import NDArray
 
     from ar_tuner.calibration.encode import Encoded, SetEncoder
 
@@ -28,7 +27,7 @@ class Row:
     one is a later window of a long document.
     """
 
-    ids: NDArray[np.int32]
+    ids: array[int]
     documents: tuple[int, ...]
     kind: Literal["whole", "packed", "further"]
 
@@ -57,9 +56,9 @@ class Sieve:
                 yield row
 
 
-def looks_like_padding(ids: NDArray[np.int32]) -> bool:
+def looks_like_padding(ids: array[int]) -> bool:
     """Tell whether more than half of the tokens equal the last one."""
-    return ids.size > 2 and int((ids == ids[-1]).sum()) > ids.size // 2
+    return len(ids) > 2 and ids.count(ids[-1]) > len(ids) // 2
 
 
 def rows_of(
@@ -102,25 +101,24 @@ def joined(documents: Iterable[Encoded], seqlen: int, separator: Sequence[int]) 
     Every document and every row begins with the tokens a model expects there; the last, unfilled
     row is left out.
     """
-    row: list[NDArray[np.int32]] = []
+    row = ids_of(())
     numbers: list[int] = []
-    room = seqlen
+    after = ids_of(separator)
     for document in documents:
-        before = np.asarray(document.prefix, dtype=np.int32)
-        rest = np.concatenate([document.body, np.asarray(separator, dtype=np.int32)])
+        rest = document.body + after
         begins = True
-        while rest.size:
-            piece = np.concatenate([before, rest]) if begins or not row else rest
-            begins = False
-            row.append(piece[:room])
-            used = max(0, row[-1].size - (piece.size - rest.size))
-            if used:
+        while rest:
+            if begins or not row:
+                row += ids_of(document.prefix)
+                begins = False
+            room = seqlen - len(row)
+            if room > 0:
+                row += rest[:room]
+                rest = rest[room:]
                 numbers.append(document.number)
-            rest = rest[used:]
-            room -= row[-1].size
-            if not room:
-                yield Row(np.concatenate(row), tuple(dict.fromkeys(numbers)), "packed")
-                row, numbers, room = [], [], seqlen
+            if len(row) >= seqlen:
+                yield Row(row[:seqlen], tuple(dict.fromkeys(numbers)), "packed")
+                row, numbers = ids_of(()), []
 
 
 def _further(documents: Sequence[Encoded], had: Sequence[int], seqlen: int) -> Iterator[Row]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Iterable, Sequence
 
 TEXT_KEYS = ("text", "content")
 CHAT_KEYS = ("messages", "conversations", "conversation")
@@ -56,7 +55,7 @@ class Chat:
 class Tokens:
     """Token ids [T] as they were given."""
 
-    ids: NDArray[np.int32]
+    ids: array[int]
 
 
 Document: TypeAlias = str | Chat | Tokens
@@ -68,13 +67,13 @@ def size_of(document: Document) -> int:
         return len(document)
     if isinstance(document, Chat):
         return sum(len(content) for _, content in document.messages)
-    return 4 * document.ids.size
+    return 4 * len(document.ids)
 
 
 def is_empty(document: Document) -> bool:
     """Tell whether a document holds nothing but blanks."""
     if isinstance(document, Tokens):
-        return document.ids.size == 0
+        return not document.ids
     return not (document if isinstance(document, str) else document.plain).strip()
 
 
@@ -105,11 +104,16 @@ def document_of(record: Any, *, where: str, key: str | None = None) -> Document:
     raise TunerError(msg)
 
 
-def token_ids(value: Any) -> NDArray[np.int32]:
+def ids_of(values: Iterable[int]) -> array[int]:
+    """Return token ids in 4 bytes each."""
+    return array("i", values)
+
+
+def token_ids(value: Any) -> Tensor:
     """Return token ids [T] or [N, T] of a list, array or tensor.
 
     Raises:
-        TunerError: not whole numbers of one or two dimensions.
+        TunerError: not whole numbers of 32 bits in one or two dimensions.
     """
     try:
         ids = torch.as_tensor(value).detach().cpu()
@@ -117,17 +121,21 @@ def token_ids(value: Any) -> NDArray[np.int32]:
         msg = f"calibration data of type {type(value).__name__} is neither text nor token ids"
         raise TunerError(msg) from error
     whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if ids.numel() and (not whole or ids.ndim not in (1, 2)):
-        msg = f"token ids must be whole numbers [T] or [N, T], not {ids.dtype} {list(ids.shape)}"
+    if ids.numel() and (not whole or ids.ndim not in (1, 2) or int(ids.abs().max()) >= 2**31):
+        msg = (
+            "token ids must be whole numbers of 32 bits in [T] or [N, T], "
+            f"not {ids.dtype} {list(ids.shape)}"
+        )
         raise TunerError(msg)
-    return np.asarray(ids.to(torch.int32).numpy())
+    return ids
 
 
 def _of_mapping(record: Mapping[str, Any], where: str) -> Document | None:
     if record.get("input_ids") is not None:
         ids = token_ids(record["input_ids"]).reshape(-1)
         mask = record.get("attention_mask")
-        return Tokens(ids if mask is None else ids[token_ids(mask).reshape(-1) != 0])
+        kept = ids if mask is None else ids[token_ids(mask).reshape(-1) != 0]
+        return Tokens(ids_of(kept.tolist()))
     for name in TEXT_KEYS:
         if isinstance(record.get(name), str):
             return str(record[name])
@@ -157,8 +165,8 @@ def _of_value(value: Any, where: str) -> Document | None:
         return _chat(value, where, None)
     if isinstance(value, (list, tuple)) and value and not isinstance(value[0], int):
         return None
-    if isinstance(value, (list, tuple, np.ndarray, torch.Tensor)):
-        return Tokens(token_ids(value).reshape(-1))
+    if isinstance(value, (list, tuple)) or hasattr(value, "shape"):  # tensors and arrays have one
+        return Tokens(ids_of(token_ids(value).reshape(-1).tolist()))
     return None
 
 

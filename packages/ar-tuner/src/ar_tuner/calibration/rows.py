@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ar_tuner.calibration.encode import Encoder, SetEncoder
@@ -22,6 +21,7 @@ from ar_tuner.calibration.sources import Query, open_set, sample
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
@@ -187,13 +187,13 @@ def _given(dataset: Any, wish: _Wish) -> list[Document]:
 
 def _is_ready(documents: Sequence[Document], seqlen: int) -> bool:
     """Tell whether documents are rows already: tokens of one length that fits."""
-    lengths = {d.ids.size if isinstance(d, Tokens) else -1 for d in documents}
+    lengths = {len(d.ids) if isinstance(d, Tokens) else -1 for d in documents}
     return len(lengths) == 1 and 0 < min(lengths) <= seqlen
 
 
 def _ready(documents: Sequence[Document], nsamples: int) -> tuple[Tensor, CalibrationReport]:
     ids = [d.ids for d in documents[:nsamples] if isinstance(d, Tokens)]
-    rows = torch.from_numpy(np.stack(ids)).to(torch.int64)
+    rows = _tensor(ids)
     numbers: dict[bytes, int] = {}
     made_of = tuple((numbers.setdefault(row.tobytes(), len(numbers)),) for row in ids)
     part = SetReport(
@@ -234,9 +234,13 @@ def _rows(
         raise TunerError(_nothing(reports, wish.seqlen))
     if len(sets) > 1:
         random.Random(wish.seed).shuffle(rows)  # noqa: S311 - an order, not a secret
-    ids = torch.from_numpy(np.stack([row.ids for row in rows])).to(torch.int64)
+    ids = _tensor([row.ids for row in rows])
     made_of = tuple(row.documents for row in rows)
     return ids, CalibrationReport(sum(parts), wish.seqlen, reports, made_of)
+
+
+def _tensor(rows: Sequence[array[int]]) -> Tensor:
+    return torch.stack([torch.frombuffer(row, dtype=torch.int32) for row in rows]).to(torch.int64)
 
 
 def _report(
