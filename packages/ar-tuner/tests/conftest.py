@@ -126,3 +126,43 @@ def sinks(monkeypatch):
     )
     monkeypatch.setattr(registry, "host", lambda: host)
     return opened
+
+
+class Words:
+    """A tokenizer in the manner of transformers: one id per word, its length; 99 before a text."""
+
+    eos_token_id = 0
+    chat_template: str | None = None
+
+    def __init__(self, *, begins: bool = False, template: str | None = None) -> None:
+        self.begins, self.chat_template = begins, template
+        self.calls = 0
+
+    def __call__(
+        self, texts: list[str], *, add_special_tokens: bool = True, verbose: bool = True
+    ) -> Any:
+        self.calls += 1
+        before = [99] if self.begins and add_special_tokens else []
+        ids = [before + [99 if w == "<s>" else len(w) for w in text.split()] for text in texts]
+        return type("Encoded", (), {"input_ids": ids})()
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """Refuse what strict templates refuse, by the name of the template."""
+        assert not tokenize
+        roles = [m["role"] for m in messages]
+        if self.chat_template == "no system" and "system" in roles:
+            msg = "System role not supported"
+            raise ValueError(msg)
+        if roles[-2:] == ["user", "user"]:
+            msg = "roles must alternate"
+            raise ValueError(msg)
+        said = [f"{m['role']}: {m['content']}" for m in messages]
+        return " ".join(["<s>", *said, *(["assistant:"] if add_generation_prompt else [])])
+
+
+@pytest.fixture
+def words() -> type[Words]:
+    """Make a tokenizer of words."""
+    return Words

@@ -51,8 +51,9 @@ class AutoRound:
         tokenizer: for a loaded model whose calibration data is text.
         scheme: preset name (`W4A16`), flat dict or `Scheme`; None: what the format implies
             (`gguf:q4_k_m`), else W4A16.
-        dataset: calibration data: None (an embedded text), a .txt/.json/.jsonl/.parquet file, a
-            list of strings or of token tensors, a DataLoader, or the name of a `datasets` set.
+        dataset: calibration data: None (an embedded text), a .txt/.json/.jsonl/.parquet file or a
+            directory of them, named sets and combinations (`a.json:num=64,pile-10k`), a list of
+            strings, records or token tensors, a DataLoader. See docs/calibration.md.
         on_event: called with every event of the run.
         **options: fields of `ar_tuner.settings.Settings`.
 
@@ -75,6 +76,7 @@ class AutoRound:
         self._formats: tuple[str, ...] = ()
         self.scheme = self._scheme()
         self.dataset = dataset
+        self._check_dataset()
         self.source = Path(model) if isinstance(model, (str, Path)) else None
         self.given = None if isinstance(model, (str, Path)) else model
         self._tokenizer = tokenizer
@@ -175,7 +177,7 @@ class AutoRound:
 
     def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Tensor:
         """Return the calibration tokens [N, T], after telling what they are made of."""
-        from ar_tuner.calibration import calibration_rows, check_seqlen
+        from ar_tuner.calibration import calibration_rows, check_ids, check_seqlen
 
         recipe = self.settings.chosen
         began = time.perf_counter()
@@ -190,11 +192,11 @@ class AutoRound:
             seed=self.settings.seed,
             allow_download=self.settings.allow_download,
         )
+        check_ids(rows, getattr(model, "config", None))
         for note in report.notes():
-            self.emit(events.Note("warning", note))
-        self.emit(
-            events.CalibrationReady(len(rows), int(rows.numel()), time.perf_counter() - began)
-        )
+            self.emit(note)
+        seconds = time.perf_counter() - began
+        self.emit(events.CalibrationReady(len(rows), rows.numel(), seconds, report.sources))
         return rows
 
     def emit(self, event: RunEvent) -> None:
@@ -234,6 +236,13 @@ class AutoRound:
         config = json.loads(json.dumps(described.to_dict(), default=str))
         config.setdefault("architectures", [type(model).__name__])
         return config
+
+    def _check_dataset(self) -> None:
+        from ar_tuner.calibration import check_dataset
+
+        recipe = self.settings.chosen
+        nsamples = recipe.nsamples if recipe.iters else None
+        check_dataset(self.dataset, nsamples=nsamples, allow_download=self.settings.allow_download)
 
     def _scheme(self) -> Scheme:
         which = self._asked

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ar_tuner.algorithms.opt_rtn import OptRtn
 from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.algorithms.signround import SignRound
+from ar_tuner.calibration.hub import SETS
 from ar_tuner.calibration.sources import EmbeddedTexts
 from ar_tuner.hookspecs import hookimpl
 
@@ -23,5 +24,5 @@ def ar_register_algorithms() -> list[Algorithm]:
 
 @hookimpl
 def ar_register_datasets() -> list[DatasetSource]:
-    """Return the built-in calibration texts."""
-    return [EmbeddedTexts()]
+    """Return the embedded calibration texts and the sets on hubs that have a name here."""
+    return [EmbeddedTexts(), *SETS]

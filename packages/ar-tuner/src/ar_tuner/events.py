@@ -37,12 +37,13 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class CalibrationReady(Event):
-    """The calibration rows are there: how many, of how many tokens in all."""
+    """The calibration rows are there: how many, of how many tokens in all, from which sets."""
 
     kind: ClassVar[str] = "calibration_ready"
     rows: int
     tokens: int
     seconds: float
+    sources: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

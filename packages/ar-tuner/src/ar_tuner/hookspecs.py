@@ -27,7 +27,10 @@ def ar_register_algorithms() -> Iterable[Algorithm]:  # type: ignore[empty-body]
 
 @hookspec
 def ar_register_datasets() -> Iterable[DatasetSource]:  # type: ignore[empty-body]
-    """Return named calibration sources: a name to an iterable of texts."""
+    """Return named calibration sources: a name to records of texts, chats or token ids.
+
+    A set on a hub needs no code: return an `ar_tuner.calibration.HubSet` that describes it.
+    """
 
 
 @hookspec(firstresult=True)

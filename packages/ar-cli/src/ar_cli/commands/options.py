@@ -29,6 +29,14 @@ _PLAN_OPTIONS = (
     ),
     click.option("--ignore-layers", metavar="NAMES", help="Keep these in 16 bit; comma separated."),
     click.option("--quant-lm-head", is_flag=True, help="Quantize the output head too."),
+    click.option(
+        "--dataset",
+        metavar="SETS",
+        help="Calibration data: files (.txt .json .jsonl .parquet), directories or names, "
+        "separated by ','. Options follow a name after ':': split=A+B, num=ROWS, concat, "
+        "apply_chat_template, system_prompt=TEXT, key=FIELD, subset=NAME. Default: an embedded "
+        "text. See docs/calibration.md.",
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     click.option("--allow-download", is_flag=True, help="Fetch models and data from the hub."),
 )

@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 @click.option("--lr", type=float, help="First step of the rounding offsets.")
 @click.option("--minmax-lr", type=float, help="First step of the scale factors.")
 @click.option("--seed", type=int, help="Of the order of the calibration data.")
-@click.option(
-    "--dataset", help="File (.txt .json .jsonl .parquet) or name; default: embedded text."
-)
 @click.option("--device", "device_map", help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", "model_dtype", help="Type to compute in; default: as stored.")
 @click.option("--max-shard-size", help="5GB, 500MB, ...")
