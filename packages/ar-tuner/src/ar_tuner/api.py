@@ -15,6 +15,7 @@ from ar_tuner.algorithms.opt_rtn import gains
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers
+from ar_tuner.refine import Rows, share_out, wanted_rows
 from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format
 from ar_tuner.settings import make_settings
 from ar_tuner.sink import parse_formats
@@ -22,7 +23,7 @@ from ar_tuner.sink import parse_formats
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerInfo, Scheme
@@ -175,11 +176,12 @@ class AutoRound:
         idle = not forced and not any(gains(row.scheme) for row in self.plan().quantized)
         return algorithm("rtn" if recipe.algorithm == "opt_rtn" and idle else recipe.algorithm)
 
-    def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Tensor:
-        """Return the calibration tokens [N, T], after telling what they are made of."""
+    def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Rows:
+        """Return the calibration tokens by use, after telling what they are made of."""
         from ar_tuner.calibration import calibration_rows, check_ids, check_seqlen
 
         recipe = self.settings.chosen
+        numbers = None if recipe.stage is None else recipe.stage_settings(self.settings.seed)
         began = time.perf_counter()
         seqlen = check_seqlen(
             recipe.seqlen, getattr(model, "config", None), asked=self.settings.seqlen is not None
@@ -187,17 +189,23 @@ class AutoRound:
         rows, report = calibration_rows(
             self.dataset,
             tokenizer,
-            nsamples=recipe.nsamples,
+            nsamples=recipe.nsamples if numbers is None else wanted_rows(recipe.nsamples, numbers),
             seqlen=seqlen,
             seed=self.settings.seed,
             allow_download=self.settings.allow_download,
         )
         check_ids(rows, getattr(model, "config", None))
-        for note in report.notes():
+        for note in dataclasses.replace(report, asked=min(recipe.nsamples, report.asked)).notes():
             self.emit(note)
         seconds = time.perf_counter() - began
         self.emit(events.CalibrationReady(len(rows), rows.numel(), seconds, report.sources))
-        return rows
+        if numbers is None:
+            return Rows(rows)
+        shared = share_out(rows, report.documents, recipe.nsamples, numbers)
+        if shared is None:
+            text = f"distill is left out: {len(rows)} calibration rows are too few to hold any out"
+            self.emit(events.Note("warning", text))
+        return Rows(rows[: recipe.nsamples]) if shared is None else shared
 
     def emit(self, event: RunEvent) -> None:
         """Tell the listener and every plugin of an event."""

@@ -9,17 +9,19 @@ from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.algorithms.signround import SignRound
 from ar_tuner.calibration.hub import SETS
 from ar_tuner.calibration.sources import EmbeddedTexts
+from ar_tuner.distill import Distill
 from ar_tuner.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from ar_tuner.algorithms.base import Algorithm
     from ar_tuner.calibration.sources import DatasetSource
+    from ar_tuner.stages import Stage
 
 
 @hookimpl
-def ar_register_algorithms() -> list[Algorithm]:
-    """Return the built-in algorithms."""
-    return [SignRound(), OptRtn(), Rtn()]
+def ar_register_algorithms() -> list[Algorithm | Stage]:
+    """Return the built-in algorithms and stages."""
+    return [SignRound(), OptRtn(), Rtn(), Distill()]
 
 
 @hookimpl

@@ -90,6 +90,37 @@ class BlockDone(Event):
 
 
 @dataclass(frozen=True)
+class StageStarted(Event):
+    """A stage begins to refine the whole model."""
+
+    kind: ClassVar[str] = "stage_started"
+    name: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class StageProgress(Event):
+    """A stage is at work; `loss` is that of the last rows."""
+
+    kind: ClassVar[str] = "stage_progress"
+    name: str
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class StageDone(Event):
+    """A stage has ended; losses are those of held-out rows, equal if its result was not kept."""
+
+    kind: ClassVar[str] = "stage_done"
+    name: str
+    loss_before: float | None
+    loss_after: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Note(Event):
     """Something a user should know; a warning when the result differs from what was asked."""
 
@@ -110,5 +141,14 @@ class RunFinished(Event):
 
 
 RunEvent: TypeAlias = (
-    RunStarted | CalibrationReady | BlockStarted | BlockProgress | BlockDone | Note | RunFinished
+    RunStarted
+    | CalibrationReady
+    | BlockStarted
+    | BlockProgress
+    | BlockDone
+    | StageStarted
+    | StageProgress
+    | StageDone
+    | Note
+    | RunFinished
 )

@@ -18,9 +18,11 @@ from ar_tuner.logits import tail_of
 from ar_tuner.names import map_names, source_files, source_tensors
 from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks, wants_float_inputs
 from ar_tuner.progress import Eta, peak_bytes
-from ar_tuner.registry import open_sink
+from ar_tuner.refine import Refinement, copy_floats, install_refined, refine, refusal
+from ar_tuner.registry import open_sink, stage
 from ar_tuner.run import Run, fingerprint
 from ar_tuner.sink import SinkRequest, Sinks, folders
+from ar_tuner.stages import ModelResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan
     from ar_tuner.api import AutoRound, Prepared
+    from ar_tuner.refine import Rows
 
 Weights = dict[str, "QuantizedWeight"]
 
@@ -37,12 +40,19 @@ Weights = dict[str, "QuantizedWeight"]
 def quantize_in_memory(request: AutoRound, prepared: Prepared) -> None:
     """Quantize the model in place, without a run directory."""
     began = time.perf_counter()
-    job = _job(request, prepared, finished=lambda _: None)
+    rows = _rows(request, prepared)
+    job = _job(request, prepared, finished=lambda _: None, rows=rows)
+    outside = dict(_outside(prepared, job))
+    refinement = _refinement(request, prepared, job, rows, outside)
+    weights: Weights = {}
     with deterministic(enabled=request.settings.enable_deterministic_algorithms):
-        for _ in _narrated(request, job, resumed=0, run_dir=""):
-            continue
-    for name, weight in _outside(prepared, job):
-        _install_outside(prepared.model, name, weight)
+        for _, _, result in _narrated(request, job, resumed=0, run_dir=""):
+            weights |= result.weights if refinement is not None else {}
+        for name, weight in outside.items():
+            _install_outside(prepared.model, name, weight)
+        if refinement is not None:
+            refined = refine(job, refinement, weights, emit=request.emit)
+            install_refined(job, refined.weights, refined.tensors)
     request.emit(
         events.RunFinished(
             "", time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
@@ -64,21 +74,26 @@ def quantize_to_directory(
     sink = _open_sinks(request, prepared.plan, output, formats, prepared)
     run_dir = Path(request.settings.run_dir or output.with_name(f"{output.name}.run"))
     try:
-        rows = None
-        if needs_inputs(request.algorithm(), prepared.plan):
-            rows = request.calibration_rows(prepared.tokenizer, prepared.model)
+        rows = _rows(request, prepared)
         settings = _run_settings(request, ",".join(formats))
         run = Run.open(
             run_dir,
             settings,
-            fingerprint(settings, prepared.plan, rows, request.source, prepared.model),
+            fingerprint(
+                settings,
+                prepared.plan,
+                None if rows is None else rows.all,
+                request.source,
+                prepared.model,
+            ),
             resume=request.settings.resume,
         )
         with run:
             job = _job(request, prepared, finished=_loader(run), rows=rows)
             outside = dict(_outside(prepared, job))
             with deterministic(enabled=request.settings.enable_deterministic_algorithms):
-                _write(request, prepared, job, run, sink, outside)
+                refinement = _refinement(request, prepared, job, rows, outside)
+                _write(request, prepared, job, run, sink, outside, refinement)
             written = sink.commit()
             final = written[0] if len(written) == 1 else output
             if check is not None:
@@ -121,6 +136,7 @@ def _write(  # noqa: PLR0913
     run: Run,
     sink: Sinks,
     outside: Weights,
+    refinement: Refinement | None,
 ) -> None:
     names = _source_names(request, prepared)
     written: set[str] = set()
@@ -135,13 +151,71 @@ def _write(  # noqa: PLR0913
     ):
         if index not in run.finished:
             run.save_block(index, name, result.weights, result.facts())
-        for layer, weight in result.weights.items():
-            put(layer, weight)
+        if refinement is None:
+            for layer, weight in result.weights.items():
+                put(layer, weight)
     for layer, weight in outside.items():
         _install_outside(prepared.model, layer, weight)
         put(layer, weight)
+    if refinement is not None:
+        refined = _refined(request, job, run, refinement)
+        for layer, weight in refined.weights.items():
+            put(layer, weight)
+        for name, tensor in refined.tensors.items():
+            sink.put_tensor(names[name], tensor.cpu())
+            written.add(names[name])
     for key, tensor in _untouched(request, prepared, written):
         sink.put_tensor(key, tensor)
+
+
+def _rows(request: AutoRound, prepared: Prepared) -> Rows | None:
+    if not needs_inputs(request.algorithm(), prepared.plan):
+        return None
+    return request.calibration_rows(prepared.tokenizer, prepared.model)
+
+
+def _refinement(
+    request: AutoRound, prepared: Prepared, job: Job, rows: Rows | None, outside: Weights
+) -> Refinement | None:
+    """Return the stage that is to follow the walk, or None; copies the float weights for it."""
+    name = request.settings.chosen.stage
+    if name is None or rows is None or rows.stage is None or rows.held_out is None:
+        return None
+    modules = {layer: prepared.model.get_submodule(layer) for layer in outside}
+    why = refusal(prepared.model, prepared.plan, job)
+    if why is not None:
+        request.emit(events.Note("warning", f"{name} is left out: {why}"))
+        return None
+    home = _device(prepared.model)
+    return Refinement(
+        stage=stage(name),
+        settings=request.settings.chosen.stage_settings(request.settings.seed),
+        rows=rows.stage.to(home),
+        held_out=rows.held_out.to(home),
+        floats=copy_floats(job, modules),
+    )
+
+
+def _refined(request: AutoRound, job: Job, run: Run, refinement: Refinement) -> ModelResult:
+    """Return the result of the stage: an earlier run's, or made and kept now; installed."""
+    index, name = len(job.blocks), refinement.stage.name
+
+    def emit(event: events.RunEvent) -> None:
+        run.record(event)
+        request.emit(event)
+
+    if index not in run.finished:
+        weights: Weights = {}
+        for i in range(index):
+            weights |= run.load_block(i)[0] if i in run.finished else {}
+        made = refine(job, refinement, weights, emit=emit, run=run)
+        run.put_state(f"{name}-tensors", made.tensors, refinement.settings.steps)
+        facts = {"loss_before": made.loss_before, "loss_after": made.loss_after}
+        run.save_block(index, name, {**weights, **made.weights}, facts)
+    saved = run.get_state(f"{name}-tensors")
+    result = ModelResult(run.load_block(index)[0], {} if saved is None else saved[0])
+    install_refined(job, result.weights, result.tensors)
+    return result
 
 
 def _narrated(
@@ -198,12 +272,10 @@ def _job(
     prepared: Prepared,
     *,
     finished: Callable[[int], BlockResult | None],
-    rows: Tensor | None = None,
+    rows: Rows | None,
 ) -> Job:
     recipe = request.settings.chosen
     chosen = request.algorithm()
-    if rows is None and needs_inputs(chosen, prepared.plan):
-        rows = request.calibration_rows(prepared.tokenizer, prepared.model)
     tuned = recipe.iters > 0
     chained = request.settings.enable_quanted_input and not wants_float_inputs(chosen)
     return Job(
@@ -213,7 +285,7 @@ def _job(
         plan=prepared.plan,
         algorithm=chosen,
         settings=request.settings.tuning(),
-        rows=None if rows is None else rows.to(_device(prepared.model)),
+        rows=None if rows is None else rows.walk.to(_device(prepared.model)),
         chain_batch=recipe.batch_size,
         quantized_inputs=chained,
         finished=finished,
@@ -258,6 +330,8 @@ def _weight_finder(
         layer = names.get(layer, layer)
         if layer in outside:
             return outside[layer]
+        if len(job.blocks) in run.finished:
+            return run.load_block(len(job.blocks))[0][layer]
         block = prepared.plan[layer].layer.block
         return run.load_block(index_of[layer if block is None else block])[0][layer]
 

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 _SCALE_TYPES = ("float16", "bfloat16", "float32")
 _SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIGNROUND = (
+    *("lr", "minmax_lr", "enable_minmax_tuning", "scale_init", "not_use_best_mse"),
+    *("validation_rows", "dynamic_max_gap", "optimizer", "enable_adam", "momentum"),
+    *("lr_scheduler", "gradient_accumulate_steps", "nblocks"),
+)
+"""Settings that only SignRound has."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,11 @@ class Settings:
     None means: as the recipe says.
 
     Attributes:
-        recipe: `best`, `default`, `light`, `rtn` or `opt_rtn`.
+        recipe: `best`, `default`, `light`, `fast`, `rtn` or `opt_rtn`.
+        algorithm: what quantizes a block; None: `signround` where one of its own settings is
+            given (`lr`, `momentum`, `nblocks`, ...), else what the recipe says.
+        distill: refine the whole model afterwards against the float model's predictions; None:
+            as the recipe says, but not after an algorithm that was asked for.
         iters, nsamples, seqlen, batch_size, lr, minmax_lr: override the recipe's.
         bits, group_size, sym: override the scheme's.
         scale_dtype: type that scales of integers are stored in; None: float16.
@@ -64,6 +74,8 @@ class Settings:
     """
 
     recipe: str = "default"
+    algorithm: str | None = None
+    distill: bool | None = None
     iters: int | None = None
     nsamples: int | None = None
     seqlen: int | None = None
@@ -136,7 +148,15 @@ class Settings:
             )
             if getattr(self, name) is not None
         }
-        return dataclasses.replace(recipe, **given)
+        asked = self.algorithm
+        if asked is None and recipe.iters and any(_given(self, n) for n in _SIGNROUND):
+            asked = "signround"
+        if asked is not None:
+            given |= {"tuned_by": asked, "stage": None}
+        if self.distill is not None:
+            given["stage"] = "distill" if self.distill else None
+        recipe = dataclasses.replace(recipe, **given)
+        return recipe if recipe.iters else dataclasses.replace(recipe, stage=None)
 
     def tuning(self) -> TuneSettings:
         """Return the numbers of the tuning loop."""
@@ -194,6 +214,8 @@ class Settings:
         recipe = self.chosen
         return {
             "recipe": recipe.name,
+            "algorithm": recipe.algorithm,
+            "stage": recipe.stage,
             "iters": recipe.iters,
             "nsamples": recipe.nsamples,
             "seqlen": recipe.seqlen,
@@ -201,6 +223,12 @@ class Settings:
             "lr": recipe.lr,
             "seed": self.seed,
         }
+
+
+def _given(settings: Settings, name: str) -> bool:
+    """Tell whether a setting differs from its default."""
+    default = next(f.default for f in dataclasses.fields(Settings) if f.name == name)
+    return bool(getattr(settings, name) != default)
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:

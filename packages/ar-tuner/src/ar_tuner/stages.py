@@ -62,7 +62,8 @@ class ModelTask:
 
     Attributes:
         logits: (replaced parameters by name, rows [B, T], quantized) to logits [B, T, V], with
-            gradients to the replaced parameters; `quantized` asks for quantized activations.
+            gradients to the replaced parameters: of the quantized model, activations included, or
+            of the float model.
         targets: every quantized weight.
         gains: float parameters that may move a little: the gains of norms, by name.
         rows: token ids [N, T] to learn from.

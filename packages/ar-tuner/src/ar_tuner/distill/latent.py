@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_kernels import data_type
+from ar_kernels.numerics.columns import params_of
 from ar_kernels.numerics.grouping import expand
 from ar_tuner.distill.moments import Moments
 
@@ -56,11 +57,15 @@ class Latent:
     factor_moments: Moments | None
 
     @classmethod
-    def of(cls, target: ModelTarget, *, codes: bool, scales: bool) -> Latent:
-        """Return a weight as it stands; `codes` and `scales` say what may move."""
+    def of(cls, target: ModelTarget, *, codes: bool = True, scales: bool = True) -> Latent | None:
+        """Return a weight as it stands; `codes` and `scales` say what may move.
+
+        None where the data type cannot tell the parameters of a quantized weight.
+        """
         weight = target.weight
-        kind = data_type(weight.spec.data_type)
-        params = kind.params_of(weight)
+        params = params_of(weight, kind=data_type(weight.spec.data_type))
+        if params is None:
+            return None
         codes = codes and weight.spec.bits <= COARSE
         # powers of two cannot move a little; scales of two levels are searched as a whole
         scales = scales and weight.spec.scale_dtype != "e8m0" and weight.spec.super_group is None
@@ -102,20 +107,17 @@ class Latent:
             codes: step size of the latent weight, in quantization steps.
             scales: step size of the factors.
         """
-        moving = [
-            t for t, on in ((self.value, self.unit), (self.factor, self.factor)) if on is not None
-        ]
-        if not moving:
+        leaves = [] if self.unit is None else [self.value]
+        leaves += [] if self.factor is None else [self.factor]
+        if not leaves:
             return
-        assert all(t is not None for t in moving)
-        leaves = [t for t in moving if t is not None]
         for leaf in leaves:
             leaf.requires_grad_()
         with torch.enable_grad():
             rounded = self._rounded()
         grads = torch.autograd.grad(rounded, leaves, self.target.view(grad).float())
         for leaf in leaves:
-            leaf.requires_grad_(requires_grad=False)
+            leaf.requires_grad_(False)  # noqa: FBT003
         for leaf, found in zip(leaves, grads, strict=True):
             if leaf is self.value:
                 assert self.unit is not None
@@ -154,7 +156,7 @@ class Latent:
 
 
 def _spacing(weight: QuantizedWeight) -> Tensor:
-    """Return the distance between each value and a neighbour of it: the code with another last bit."""
+    """Return the distance of each value to a neighbour: the code with the last bit changed."""
     other = replace(weight, codes=weight.codes ^ 1)
     return (other.dequantize() - weight.dequantize()).abs()
 

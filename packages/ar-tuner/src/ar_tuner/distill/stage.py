@@ -55,20 +55,19 @@ class Distill:
 
     def refine(self, task: ModelTask) -> ModelResult:
         """Return the refined weights and gains, or none where held-out rows do not gain."""
-        floats = {t.parameter: t.view(t.original) for t in task.targets}
-        before = _held_out(task, floats, {t.parameter: _as_is(t) for t in task.targets}, {})
-        latents = [Latent.of(t, codes=True, scales=True) for t in task.targets]
+        before = _held_out(task, {})
+        latents = [x for x in map(Latent.of, task.targets) if x is not None]
         gains = {name: _Gain.of(value) for name, value in task.gains.items()}
         began = _restore(task, latents, gains)
         for step in range(began, task.settings.steps):
-            loss = _step(task, floats, latents, gains, step)
+            loss = _step(task, latents, gains, step)
             done = step + 1
             if done % max(1, task.settings.steps // REPORTS) == 0:
                 task.report(done, task.settings.steps, loss)
                 task.save(_state(latents, gains), done)
         tuned = {x.target.parameter: x.stored(x.target.original) for x in latents}
         moved = {name: gain.stored() for name, gain in gains.items()}
-        after = _held_out(task, floats, tuned, moved)
+        after = _held_out(task, {**tuned, **moved})
         if not after < before:
             return ModelResult(loss_before=before, loss_after=before)
         weights = {x.target.layer: x.quantize() for x in latents}
@@ -77,16 +76,18 @@ class Distill:
 
 @dataclass(frozen=True)
 class _Gain:
-    """A float parameter that moves; stored in its own type."""
+    """A float parameter that moves, in steps relative to its size; stored in its own type."""
 
     value: Tensor
     moments: Moments
     dtype: torch.dtype
+    size: float
 
     @classmethod
     def of(cls, value: Tensor) -> _Gain:
         plain = value.detach().float().clone()
-        return cls(plain, Moments.like(plain), value.dtype)
+        size = max(float(plain.square().mean().sqrt()), 1e-3)
+        return cls(plain, Moments.like(plain), value.dtype, size)
 
     def stored(self) -> Tensor:
         return self.value.to(self.dtype)
@@ -97,7 +98,6 @@ class _Gain:
 
 def _step(
     task: ModelTask,
-    floats: Mapping[str, Tensor],
     latents: list[Latent],
     gains: Mapping[str, _Gain],
     step: int,
@@ -107,9 +107,9 @@ def _step(
     leaves |= {name: gain.stored().requires_grad_() for name, gain in gains.items()}
     rows = _rows(task, step)
     total = 0.0
-    for part in _parts(task, rows, floats):
+    for part in _parts(task, rows):
         with torch.no_grad():
-            reference = task.logits(floats, part, False)  # noqa: FBT003
+            reference = task.logits({}, part, False)  # noqa: FBT003
         with torch.enable_grad():
             loss = divergence(task.logits(leaves, part, True), reference)  # noqa: FBT003
             (loss * (part.shape[0] / rows.shape[0])).backward()
@@ -124,7 +124,7 @@ def _step(
     for name, gain in gains.items():
         grad = leaves[name].grad
         if grad is not None:
-            gain.moments.move(gain.value, grad.float(), step, sizes(bits).gains * share)
+            gain.moments.move(gain.value, grad.float(), step, sizes(bits).gains * share * gain.size)
     return total
 
 
@@ -143,38 +143,29 @@ def _rows(task: ModelTask, step: int) -> Tensor:
     return task.rows[order[start : start + size].to(task.rows.device)]
 
 
-def _parts(task: ModelTask, rows: Tensor, floats: Mapping[str, Tensor]) -> Iterator[Tensor]:
+def _parts(task: ModelTask, rows: Tensor) -> Iterator[Tensor]:
     """Yield rows in parts whose logits fit the limit."""
-    size = task.settings.max_logits // (rows.shape[1] * max(1, _vocabulary(task, rows, floats)))
+    size = task.settings.max_logits // (rows.shape[1] * max(1, _vocabulary(task, rows)))
     yield from rows.split(max(1, min(size, rows.shape[0])))
 
 
-def _vocabulary(task: ModelTask, rows: Tensor, floats: Mapping[str, Tensor]) -> int:
+def _vocabulary(task: ModelTask, rows: Tensor) -> int:
     with torch.no_grad():
-        return int(task.logits(floats, rows[:1, :2], False).shape[-1])  # noqa: FBT003
+        return int(task.logits({}, rows[:1, :2], False).shape[-1])  # noqa: FBT003
 
 
 def _held_out(
     task: ModelTask,
-    floats: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    gains: Mapping[str, Tensor],
+    replaced: Mapping[str, Tensor],
 ) -> float:
-    """Return the mean divergence on the held-out rows."""
+    """Return the mean divergence of the quantized model on the held-out rows."""
     total = 0.0
     with torch.no_grad():
-        for part in _parts(task, task.held_out, floats):
-            reference = task.logits(floats, part, False)  # noqa: FBT003
-            found = divergence(task.logits({**weights, **gains}, part, True), reference)  # noqa: FBT003
+        for part in _parts(task, task.held_out):
+            reference = task.logits({}, part, False)  # noqa: FBT003
+            found = divergence(task.logits(replaced, part, True), reference)  # noqa: FBT003
             total += float(found) * part.shape[0]
     return total / task.held_out.shape[0]
-
-
-def _as_is(target: object) -> Tensor:
-    from ar_tuner.stages import ModelTarget
-
-    assert isinstance(target, ModelTarget)
-    return target.view(target.weight.dequantize()).to(target.original.dtype)
 
 
 def _state(latents: list[Latent], gains: Mapping[str, _Gain]) -> dict[str, Tensor]:
