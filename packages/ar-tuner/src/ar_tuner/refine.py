@@ -34,6 +34,7 @@ HELD_OUT = 32
 _SHARE = 1 / 16
 _BYTES = 16
 """Of memory per weight while it moves: latent, two moments, what the model computes with."""
+_PAUSE = 60.0
 _ROOM = 0.6
 """Share of the free memory that a stage may ask for."""
 
@@ -143,13 +144,26 @@ def refine(
         held_out=refinement.held_out,
         settings=refinement.settings,
         report=lambda step, steps, loss: emit(events.StageProgress(name, step, steps, loss)),
-        save=lambda state, done: None if run is None else run.put_state(name, state, done),
+        save=_Keeper(run, name) if run is not None else lambda state, done: None,
         saved=None if run is None else run.get_state(name),
     )
     result = refinement.stage.refine(task)
     seconds = time.perf_counter() - began
     emit(events.StageDone(name, result.loss_before, result.loss_after, seconds))
     return result
+
+
+class _Keeper:
+    """Puts a stage's state on disk, at most once in `_PAUSE` seconds."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        self._run, self._name, self._last = run, name, time.perf_counter()
+
+    def __call__(self, state: Mapping[str, Tensor], done: int) -> None:
+        """Keep a state that `done` steps led to, if the last one is old."""
+        if time.perf_counter() - self._last >= _PAUSE:
+            self._run.put_state(self._name, state, done)
+            self._last = time.perf_counter()
 
 
 def norm_gains(model: nn.Module) -> dict[str, Tensor]:
