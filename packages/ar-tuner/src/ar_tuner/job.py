@@ -19,6 +19,7 @@ from ar_tuner.names import map_names, source_files, source_tensors
 from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks, wants_float_inputs
 from ar_tuner.progress import Eta, peak_bytes
 from ar_tuner.registry import open_sink
+from ar_tuner.rows import none_left
 from ar_tuner.run import Run, fingerprint
 from ar_tuner.sink import SinkRequest, Sinks, folders
 
@@ -204,7 +205,9 @@ def _job(
     chosen = request.algorithm()
     if rows is None and needs_inputs(chosen, prepared.plan):
         rows = request.calibration_rows(prepared.tokenizer, prepared.model)
-    tuned = recipe.iters > 0
+    tuned, held = recipe.iters > 0, request.settings.validation_rows
+    if rows is not None and held >= len(rows):
+        raise TunerError(none_left(held, len(rows)))
     chained = request.settings.enable_quanted_input and not wants_float_inputs(chosen)
     return Job(
         model=prepared.model,
