@@ -15,6 +15,7 @@ from ar_tuner.algorithms.base import BlockTask, Target, TuneSettings
 from ar_tuner.algorithms.importance import filled, input_energy, metered
 from ar_tuner.algorithms.opt_rtn import OptRtn, gains, searched_of
 from ar_tuner.algorithms.rtn import Rtn
+from ar_tuner.algorithms.signround import SignRound
 from ar_tuner.blocks import WeightRef
 from ar_tuner.rows import RowBank, rows_of
 from ar_tuner.walk import Call
@@ -148,3 +149,21 @@ def test_dead_channels_do_not_spoil_the_search(name) -> None:
     made = task(name, dead=200)
     plain, found = Rtn().quantize(made).weights, searched_of(made)
     assert cost(made, found["b.experts.0"]) <= cost(made, plain["b.experts.0"])
+
+
+@pytest.mark.parametrize("name", ["GGUF:Q2_K_S", "GGUF:Q3_K_S"])
+def test_frozen_scales_of_two_levels_stay_as_searched_while_codes_are_tuned(name) -> None:
+    made = task(name, iters=20, frozen_super_scales=True, batch_size=4)
+    found = searched_of(made)["b.experts.0"]
+    tuned = SignRound().quantize(made).weights["b.experts.0"]
+    free = SignRound().quantize(task(name, iters=20, batch_size=4)).weights["b.experts.0"]
+    assert torch.equal(tuned.scale, found.scale)
+    assert all(torch.equal(tuned.extra[k], found.extra[k]) for k in found.extra)
+    assert not torch.equal(tuned.codes, found.codes)
+    assert not torch.equal(free.scale, found.scale)
+
+
+def test_scales_of_one_level_are_tuned_all_the_same() -> None:
+    made = task("W4A16", iters=20, frozen_super_scales=True, batch_size=4)
+    tuned = SignRound().quantize(made).weights["b.experts.0"]
+    assert not torch.equal(tuned.scale, searched_of(made)["b.experts.0"].scale)

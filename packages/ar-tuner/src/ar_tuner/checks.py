@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,10 @@ _CHOICES = {
 _SWITCHES = (
     *("quant_lm_head", "enable_quanted_input", "enable_minmax_tuning", "not_use_best_mse"),
     *("enable_alg_ext", "enable_adam", "enable_deterministic_algorithms"),
+)
+_LOOP_ONLY = (
+    *("enable_alg_ext", "optimizer", "enable_adam", "momentum", "lr_scheduler", "nblocks"),
+    *("gradient_accumulate_steps", "validation_rows", "dynamic_max_gap"),
 )
 _COUNTS = {"gradient_accumulate_steps": 1, "nblocks": 1, "validation_rows": 0}
 
@@ -118,4 +123,19 @@ def _check_together(settings: Settings) -> None:
     )
     for wrong, msg in contradictions:
         if wrong:
+            raise TunerError(msg)
+    if settings.chosen.iters == 0:
+        _check_idle(settings)
+
+
+def _check_idle(settings: Settings) -> None:
+    """Refuse settings of the loop where there are no steps."""
+    usual = {f.name: f.default for f in dataclasses.fields(settings)}
+    for name in _LOOP_ONLY:
+        value = getattr(settings, name)
+        if value != usual[name]:
+            msg = (
+                f"{name} {value!r} belongs to tuning, but this run rounds to nearest (iters 0): "
+                "leave it out, or give iters"
+            )
             raise TunerError(msg)

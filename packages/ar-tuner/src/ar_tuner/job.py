@@ -20,6 +20,7 @@ from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks, wants
 from ar_tuner.progress import Eta, peak_bytes
 from ar_tuner.refine import Refinement, copy_floats, install_refined, refine, refusal
 from ar_tuner.registry import open_sink, stage
+from ar_tuner.rows import none_left
 from ar_tuner.run import Run, fingerprint
 from ar_tuner.sink import SinkRequest, Sinks, folders
 from ar_tuner.stages import ModelResult
@@ -276,7 +277,9 @@ def _job(
 ) -> Job:
     recipe = request.settings.chosen
     chosen = request.algorithm()
-    tuned = recipe.iters > 0
+    tuned, held = recipe.iters > 0, request.settings.validation_rows
+    if rows is not None and held >= len(rows.walk):
+        raise TunerError(none_left(held, len(rows.walk)))
     chained = request.settings.enable_quanted_input and not wants_float_inputs(chosen)
     return Job(
         model=prepared.model,

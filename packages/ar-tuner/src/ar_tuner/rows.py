@@ -98,11 +98,7 @@ class RowBank:
             starts = zip(self._starts(), self.sizes, strict=True)
             out = [list(range(s, s + n)) for s, n in starts if s + n > first]
         if sum(len(chunk) for chunk in out) >= self.rows:
-            msg = (
-                f"validation_rows {rows} leaves none of the {self.rows} calibration rows to tune "
-                "on; hold out fewer, or give more rows (nsamples)"
-            )
-            raise TunerError(msg)
+            raise TunerError(none_left(rows, self.rows))
         return out
 
     def chunks(self, rows: int, size: int) -> list[list[int]]:
@@ -148,6 +144,14 @@ class RowBank:
                 return call, row
             row -= size
         raise IndexError(row)
+
+
+def none_left(held: int, rows: int) -> str:
+    """Return the message for more rows held out than there are."""
+    return (
+        f"validation_rows {held} leaves none of the {rows} calibration rows to tune on; hold out "
+        "fewer, or give more rows (nsamples)"
+    )
 
 
 def rows_of(outputs: Sequence[Tensor]) -> list[Tensor]:
