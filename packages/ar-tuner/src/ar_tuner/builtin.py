@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ar_tuner.algorithms.rtn import Rtn
+from ar_tuner.algorithms.second_order import SecondOrder
 from ar_tuner.algorithms.signround import SignRound
 from ar_tuner.calibration.sources import EmbeddedTexts
 from ar_tuner.hookspecs import hookimpl
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @hookimpl
 def ar_register_algorithms() -> list[Algorithm]:
     """Return the built-in algorithms."""
-    return [SignRound(), Rtn()]
+    return [SignRound(), SecondOrder(), Rtn()]
 
 
 @hookimpl

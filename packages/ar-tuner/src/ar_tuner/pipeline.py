@@ -128,11 +128,15 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
                 began = time.perf_counter()
                 calls = [f.call for f in (quants or floats) if f.call is not None]
                 references = [hidden(o) for o in outputs]
-                bank = RowBank.of(calls, [r.shape[0] for r in references])
-                result, restored = _quantize(job, index, bank, rows_of(references))
+                sizes = [r.shape[0] for r in references]
+                bank = RowBank.of(calls, sizes)
+                given = RowBank.of([f.call for f in floats if f.call is not None], sizes)
+                result, restored = _quantize(
+                    job, index, bank, rows_of(references), float_inputs=given
+                )
                 replaced[index] = _replacements(job, blocks[index], result.weights)
                 weights[index] = result.weights
-                del calls, references, bank
+                del calls, references, bank, given
             else:
                 result = None
             last = position == len(order) - 1
@@ -166,7 +170,12 @@ def _answers(block: nn.Module, frames: list[Frame], weights: Mapping[str, Tensor
 
 
 def _quantize(
-    job: Job, index: int, bank: RowBank | None, reference: Any
+    job: Job,
+    index: int,
+    bank: RowBank | None,
+    reference: Any,
+    *,
+    float_inputs: RowBank | None = None,
 ) -> tuple[BlockResult, bool]:
     block = job.discovery.blocks[index]
     targets = job.targets(block)
@@ -184,6 +193,7 @@ def _quantize(
         reference=reference,
         settings=job.settings,
         report=lambda step, steps, loss: job.report(index, step, steps, loss),
+        float_inputs=float_inputs,
     )
     _check_finite(task)
     task = dataclasses.replace(task, shared=shared_values(task))

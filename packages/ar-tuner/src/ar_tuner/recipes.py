@@ -10,7 +10,8 @@ class Recipe:
     """Numbers of one recipe.
 
     Attributes:
-        iters: tuning steps per block; 0 rounds to nearest.
+        iters: tuning steps per block (`second_order`: cycles of descent at most); 0 rounds to
+            nearest.
         nsamples, seqlen: calibration rows and their length in tokens.
         batch_size: rows per step.
         lr: first step of the rounding offsets, in quantization steps; None: see `auto_lr`.
@@ -34,6 +35,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("best", iters=1000, nsamples=512),
         Recipe("default", iters=200, nsamples=128),
         Recipe("light", iters=50, nsamples=128, lr=5e-3),
+        Recipe("fast", iters=4, nsamples=128, algorithm="second_order"),
         Recipe("rtn", iters=0, nsamples=1, algorithm="rtn"),
     )
 }

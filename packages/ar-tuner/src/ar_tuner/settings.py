@@ -25,7 +25,7 @@ class Settings:
     None means: as the recipe says.
 
     Attributes:
-        recipe: `best`, `default`, `light` or `rtn`.
+        recipe: `best`, `default`, `light`, `fast` or `rtn`.
         iters, nsamples, seqlen, batch_size, lr, minmax_lr: override the recipe's.
         bits, group_size, sym: override the scheme's.
         scale_dtype: type that scales of integers are stored in; None: float16.

@@ -71,6 +71,8 @@ class BlockTask:
         report: called with (step, steps, loss) now and then.
         shared: by layer, parameters that it must have in common with others.
         ranges: by layer, the range of its activations where the scheme fixes it beforehand.
+        float_inputs: what the block is given in the float model, by row; None where that is
+            `inputs` too.
     """
 
     block: nn.Module
@@ -82,6 +84,7 @@ class BlockTask:
     report: Callable[[int, int, float], None]
     shared: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
+    float_inputs: RowBank | None = None
 
     def weight(self, target: Target) -> Tensor:
         """Return a target's float weight as [O, I] (a view)."""
