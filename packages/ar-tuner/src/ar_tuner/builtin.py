@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ar_tuner.algorithms.opt_rtn import OptRtn
 from ar_tuner.algorithms.rtn import Rtn
+from ar_tuner.algorithms.second_order import SecondOrder
 from ar_tuner.algorithms.signround import SignRound
 from ar_tuner.calibration.hub import SETS
 from ar_tuner.calibration.sources import EmbeddedTexts
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @hookimpl
 def ar_register_algorithms() -> list[Algorithm | Stage]:
     """Return the built-in algorithms and stages."""
-    return [SignRound(), OptRtn(), Rtn(), Distill()]
+    return [SecondOrder(), SignRound(), OptRtn(), Rtn(), Distill()]
 
 
 @hookimpl

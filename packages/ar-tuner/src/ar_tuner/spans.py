@@ -71,10 +71,13 @@ def _task(
     first, name = next(iter(targets)), job.blocks[next(iter(targets))].name
     single = len(targets) == 1
     bank: RowBank | None = None
+    floats: RowBank | None = None
     reference: Sequence[Tensor] = ()
     places: tuple[Place, ...] = ()
     if material is not None:
-        bank, reference = _rows(material, head=job.blocks[first] is job.head)
+        head = job.blocks[first] is job.head
+        bank, reference = _rows(material, material.firsts, head=head)
+        floats, _ = _rows(material, [p.calls[0] for p in material.passages], head=head)
         places = material.passages[0].places
     modules = [job.blocks[index].module for index in targets]
     return BlockTask(
@@ -82,6 +85,7 @@ def _task(
         name=name if single else f"{name} to {job.blocks[max(targets)].name}",
         targets=tuple(targets[first]) if single else shifted(targets),
         inputs=bank,
+        float_inputs=floats,
         reference=reference,
         settings=job.settings,
         report=lambda step, steps, loss: job.report(first, step, steps, loss),
@@ -91,13 +95,12 @@ def _task(
     )
 
 
-def _rows(material: Material, *, head: bool) -> tuple[RowBank, list[Tensor]]:
+def _rows(material: Material, calls: list[Call], *, head: bool) -> tuple[RowBank, list[Tensor]]:
     """Return what a window is given and should give, by row; for the head its float inputs."""
     outputs = [
         state_of(p.calls[0].args, p.calls[0].kwargs) if head else hidden(p.output)
         for p in material.passages
     ]
-    calls = material.firsts
     if material.passages[0].places:
         pairs = zip(material.passages, calls, strict=True)
         calls = [joint_call(passage, first) for passage, first in pairs]

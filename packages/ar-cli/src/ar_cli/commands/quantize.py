@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     help="One or several, separated by commas; see `ar formats`.",
 )
 @plan_options
-@click.option("--recipe", default="default", show_default=True, help="best, default, light or rtn.")
+@click.option(
+    "--recipe", default="default", show_default=True, help="best, default, light, fast, rtn."
+)
 @click.option("--iters", type=int, help="Tuning steps per block; 0 rounds to nearest.")
 @click.option("--nsamples", type=int, help="Calibration rows.")
 @click.option("--seqlen", type=int, help="Tokens per row.")

@@ -103,6 +103,8 @@ class BlockTask:
             with `float_inputs`; a layer that no token reached is missing.
         tail: what the model does to the output head's logits (a soft cap, a factor).
         note: called with something a user should know.
+        float_inputs: what the block is given in the float model, by row; None where that is
+            `inputs` too.
     """
 
     block: nn.Module
@@ -117,6 +119,7 @@ class BlockTask:
     energy: Mapping[str, Tensor] = field(default_factory=dict)
     tail: Callable[[Tensor], Tensor] = lambda logits: logits
     note: Callable[[str], None] = lambda text: None
+    float_inputs: RowBank | None = None
 
     def weight(self, target: Target) -> Tensor:
         """Return a target's float weight as [O, I] (a view)."""
