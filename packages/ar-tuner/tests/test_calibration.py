@@ -230,8 +230,20 @@ TOKENS = torch.arange(32).reshape(4, 8)
         DataLoader(TOKENS, batch_size=2),
         DataLoader(TensorDataset(TOKENS), batch_size=2),
         [{"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}],
+        {"input_ids": TOKENS},
     ],
-    ids=["tensor", "array", "tensors", "lists", "batches", "dicts", "loader", "tuples", "masked"],
+    ids=[
+        "tensor",
+        "array",
+        "tensors",
+        "lists",
+        "batches",
+        "dicts",
+        "loader",
+        "tuples",
+        "masked",
+        "dict",
+    ],
 )
 def test_token_rows_are_taken_as_they_are_in_their_order(rows_of, dataset) -> None:
     found, report = rows_of(dataset, tokenizer=None)
@@ -362,6 +374,7 @@ def test_a_sample_holds_no_more_characters_than_allowed() -> None:
     [
         ("nowhere.jsonl", "nowhere.jsonl' does not exist"),
         ("some/name", "allow downloads"),
+        ("x" * 5000, "unknown calibration dataset"),
         ("default:nmu=3", "unknown dataset option 'nmu'"),
         ("default:num=8,default", "no row is left"),
     ],

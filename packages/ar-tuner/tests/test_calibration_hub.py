@@ -153,6 +153,14 @@ def test_a_stream_is_shuffled_by_the_seed_and_read_up_to_the_limit(hub) -> None:
     assert list(entry.records(Query(("b",), allow_download=True, limit=1, seed=4))) == ["b4"]
 
 
+def test_without_a_network_the_cache_is_read_instead_of_a_stream(hub, monkeypatch) -> None:
+    config = types.SimpleNamespace(HF_HUB_OFFLINE=True)
+    monkeypatch.setattr(sys.modules["datasets"], "config", config, raising=False)
+    entry = HubSet("x", hub=Place("me/x"), key="text")
+    assert list(entry.records(Query(allow_download=True, limit=2))) == ["train"] * 9
+    assert hub.calls == [("me/x", None, "train", False)]
+
+
 def test_a_set_with_a_field_of_its_own_still_lets_the_user_choose_one(hub, words) -> None:
     hub.rows = lambda split: [{"text": "no", "body": f"a bb {'c' * i}"} for i in range(4, 9)]
     found, _ = calibration_rows(

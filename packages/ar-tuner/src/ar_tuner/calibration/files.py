@@ -19,7 +19,20 @@ SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")
 
 def is_local(name: str) -> bool:
     """Tell whether a name means a file or directory: it looks like one or is there."""
-    return Path(name).suffix.lower() in SUFFIXES or Path(name).expanduser().exists()
+    return Path(name).suffix.lower() in SUFFIXES or _kind(name) is not None
+
+
+def is_file(name: str) -> bool:
+    """Tell whether a text is the whole name of a file that is there."""
+    return _kind(name) == "file"
+
+
+def _kind(name: str) -> str | None:
+    path = Path(name).expanduser()
+    try:
+        return "file" if path.is_file() else "other" if path.exists() else None
+    except (OSError, ValueError):  # no name of a file: too long, or with a zero byte
+        return None
 
 
 def read_path(path: Path, *, splits: Sequence[str] = ()) -> Iterator[Any]:

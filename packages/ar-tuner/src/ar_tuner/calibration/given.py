@@ -28,11 +28,11 @@ def given_documents(dataset: Any) -> Iterator[Document]:
         TunerError: an object that cannot be iterated, or is a mapping; while reading: an item
             that is neither text, nor a chat, nor token ids.
     """
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, Mapping) and "input_ids" not in dataset:
         names = ", ".join(map(str, dataset))
         msg = f"dataset is a mapping ({names}): give one of its values, such as dataset['train']"
         raise TunerError(msg)
-    if hasattr(dataset, "ndim"):  # a tensor or an array
+    if hasattr(dataset, "ndim") or isinstance(dataset, Mapping):  # a tensor, what a tokenizer gave
         dataset = [dataset]
     try:
         iterator: Iterable[Any] = iter(dataset)
@@ -47,8 +47,6 @@ def given_documents(dataset: Any) -> Iterator[Document]:
 
 def _of_item(item: Any) -> Iterator[Document]:
     """Yield the documents of one item, which may be a batch of them."""
-    if hasattr(item, "keys") and not isinstance(item, Mapping):
-        item = {key: item[key] for key in item.keys()}  # noqa: SIM118 - a BatchEncoding
     if isinstance(item, Mapping):
         if item.get("input_ids") is not None:
             yield from _of_tokens(item["input_ids"], item.get("attention_mask"))

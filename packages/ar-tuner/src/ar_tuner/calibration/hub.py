@@ -100,13 +100,14 @@ class HubSet:
         module = load(library, f"calibration dataset {self.name!r}")
         subsets = (query.subset,) if query.subset is not None else place.subsets
         read = _from_modelscope if library == "modelscope" else _from_hugging_face
+        streamed = self.streamed and not _is_offline(module)
         try:
             for subset, split in itertools.product(subsets, query.splits or place.splits):
-                rows = read(module, place, subset, split, streamed=self.streamed)
-                if self.streamed and hasattr(rows, "shuffle"):
+                rows = read(module, place, subset, split, streamed=streamed)
+                if streamed and hasattr(rows, "shuffle"):
                     rows = rows.shuffle(seed=query.seed, buffer_size=_SHUFFLED)
                 chosen = (self._picked(row, query.key) for row in rows if self._is_meant(row))
-                yield from itertools.islice(chosen, query.limit if self.streamed else None)
+                yield from itertools.islice(chosen, query.limit if streamed else None)
         except TunerError:
             raise
         except Exception as error:
@@ -150,6 +151,11 @@ def use_modelscope() -> bool:
         msg = f"environment variable {SWITCH}={os.environ[SWITCH]!r}: use 1 or 0"
         raise TunerError(msg)
     return value in ("1", "true")
+
+
+def _is_offline(module: Any) -> bool:
+    """Tell whether `datasets` was told to use its cache alone, which it cannot stream from."""
+    return bool(getattr(getattr(module, "config", None), "HF_HUB_OFFLINE", False))
 
 
 def _from_hugging_face(

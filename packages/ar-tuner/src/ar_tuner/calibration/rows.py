@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ar_tuner.calibration.encode import Encoder, SetEncoder
+from ar_tuner.calibration.files import is_file
 from ar_tuner.calibration.given import given_documents
 from ar_tuner.calibration.grammar import SetRequest, parse_sets
 from ar_tuner.calibration.packing import Sieve, looks_like_padding, rows_of
@@ -110,7 +111,7 @@ def requests_of(dataset: Any) -> tuple[SetRequest, ...] | None:
         return (SetRequest("default"),)
     if isinstance(dataset, Path):  # never a registered name
         return (SetRequest(str(dataset) if dataset.is_absolute() else f"./{dataset}"),)
-    if isinstance(dataset, str) and _is_file(dataset):
+    if isinstance(dataset, str) and is_file(dataset):
         return (SetRequest(dataset),)
     return parse_sets(dataset) if isinstance(dataset, str) else None
 
@@ -146,13 +147,6 @@ def check_ids(rows: Tensor, config: Any) -> None:
             "use the tokenizer that belongs to the model"
         )
         raise TunerError(msg)
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).expanduser().is_file()
-    except (OSError, ValueError):  # too long for a file name, or a zero byte in it
-        return False
 
 
 def _open(
