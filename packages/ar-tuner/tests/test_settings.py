@@ -213,9 +213,14 @@ def test_deterministic_algorithms_last_as_long_as_the_run(model, rows, before) -
 def test_a_variable_of_the_environment_is_as_before(monkeypatch) -> None:
     name = "CUBLAS_WORKSPACE_CONFIG"
     monkeypatch.delenv(name, raising=False)
-    with pytest.raises(RuntimeError), deterministic(enabled=True):
-        assert os.environ[name]
-        raise RuntimeError
+
+    def failing() -> None:
+        with deterministic(enabled=True):
+            assert os.environ[name]
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        failing()
     assert name not in os.environ
     assert not torch.are_deterministic_algorithms_enabled()
     monkeypatch.setenv(name, ":16:8")
