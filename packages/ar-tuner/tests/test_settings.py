@@ -73,7 +73,7 @@ def test_settings_reach_the_loop(given, expected) -> None:
     [
         ({"optimizer": "adma"}, "unknown optimizer 'adma'. Did you mean adam"),
         ({"lr_scheduler": "lienar"}, "unknown lr_scheduler 'lienar'. Did you mean linear"),
-        ({"scale_init": None}, "unknown scale_init 'None'"),
+        ({"scale_init": 5}, "unknown scale_init '5'"),
         ({"momentum": 1.0}, "momentum 1.0 is not allowed: use a number from 0"),
         ({"momentum": float("nan")}, "momentum nan is not allowed"),
         ({"momentum": "0.9"}, "momentum '0.9' is not allowed"),
@@ -97,6 +97,12 @@ def test_settings_reach_the_loop(given, expected) -> None:
         ({"enable_norm_bias_tuning": True}, "enable_norm_bias_tuning is not supported"),
         ({"enable_lfq": True}, "enable_lfq is not supported"),
         ({"scale_dtype": "fp64"}, "unknown scale_dtype 'fp64'"),
+        ({"recipe": 5}, "unknown recipe '5'"),
+        ({"iters": True}, "iters True is not allowed"),
+        ({"lr": "0.1"}, "lr '0.1' is not allowed"),
+        ({"layer_config": "down_proj"}, "layer_config 'down_proj' is not allowed: use a dict"),
+        ({"ignore_layers": 5}, "ignore_layers 5 is not allowed: use names in a list"),
+        ({"to_quant_block_names": [1]}, "to_quant_block_names \\[1\\] is not allowed"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
@@ -109,8 +115,14 @@ def test_what_is_not_done_may_be_switched_off() -> None:
     assert make_settings({"enable_norm_bias_tuning": False, "iters": 3}) == Settings(iters=3)
 
 
+def test_none_means_the_default() -> None:
+    unset = {"layer_config": None, "gradient_accumulate_steps": None, "lr_scheduler": None}
+    assert make_settings(unset) == Settings()
+
+
 def test_short_names_of_types_are_understood() -> None:
     assert Settings(scale_dtype="bf16").scale_dtype == "bfloat16"
+    assert Settings(scale_dtype=torch.float32).scale_dtype == "float32"
 
 
 def run(model, rows, kind="llama", **options):
@@ -214,13 +226,13 @@ def test_a_variable_of_the_environment_is_as_before(monkeypatch) -> None:
     name = "CUBLAS_WORKSPACE_CONFIG"
     monkeypatch.delenv(name, raising=False)
 
-    def fails() -> None:
+    def failing() -> None:
         with deterministic(enabled=True):
             assert os.environ[name]
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        fails()
+        failing()
     assert name not in os.environ
     assert not torch.are_deterministic_algorithms_enabled()
     monkeypatch.setenv(name, ":16:8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ar_schemes import unknown_name
@@ -12,8 +13,6 @@ from ar_tuner.errors import TunerError
 from ar_tuner.recipes import RECIPES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from ar_tuner.settings import Settings
 
 NOT_DONE = {
@@ -67,9 +66,17 @@ def check_tuning(settings: Settings) -> None:
             msg = f"{name} {value!r} is not allowed: use True or False"
             raise TunerError(msg)
     for name, least in _COUNTS.items():
-        _whole(name, getattr(settings, name), least)
-    _whole("dynamic_max_gap", settings.dynamic_max_gap, -1)
-    _whole("seed", settings.seed, 0)
+        check_whole(name, getattr(settings, name), least)
+    check_whole("dynamic_max_gap", settings.dynamic_max_gap, -1)
+    check_whole("seed", settings.seed, 0)
+    if not isinstance(settings.layer_config, Mapping):
+        msg = (
+            f"layer_config {settings.layer_config!r} is not allowed: use a dict from layer names "
+            'or patterns to schemes, such as {"down_proj": "W8A16"}'
+        )
+        raise TunerError(msg)
+    for name in ("ignore_layers", "to_quant_block_names"):
+        _check_names(name, getattr(settings, name))
     momentum = settings.momentum
     if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1 or math.isnan(momentum):
         msg = f"momentum {momentum!r} is not allowed: use a number from 0 up to, not including, 1"
@@ -77,9 +84,21 @@ def check_tuning(settings: Settings) -> None:
     _check_together(settings)
 
 
-def _whole(name: str, value: object, least: int) -> None:
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse anything but a whole number of at least `least`.
+
+    Raises:
+        TunerError: it is something else.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         msg = f"{name} {value!r} is not allowed: use a whole number of at least {least}"
+        raise TunerError(msg)
+
+
+def _check_names(name: str, value: object) -> None:
+    listed = isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value)
+    if not (listed or isinstance(value, str) or value is None):
+        msg = f"{name} {value!r} is not allowed: use names in a list, or separated by commas"
         raise TunerError(msg)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ar_schemes import unknown_name
 from ar_tuner.algorithms.base import TuneSettings
-from ar_tuner.checks import NOT_DONE, check_tuning, refuse_undone
+from ar_tuner.checks import NOT_DONE, check_tuning, check_whole, refuse_undone
 from ar_tuner.errors import TunerError
 from ar_tuner.recipes import RECIPES, SPELLINGS, Recipe
 
@@ -116,21 +116,22 @@ class Settings:
     max_shard_size: str | int = "5GB"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "recipe", SPELLINGS.get(self.recipe, self.recipe))
-        object.__setattr__(self, "scale_dtype", _SHORT.get(str(self.scale_dtype), self.scale_dtype))
+        object.__setattr__(self, "recipe", SPELLINGS.get(str(self.recipe), str(self.recipe)))
+        if self.scale_dtype is not None:
+            kind = str(self.scale_dtype).removeprefix("torch.")
+            object.__setattr__(self, "scale_dtype", _SHORT.get(kind, kind))
         if self.recipe not in RECIPES:
             raise TunerError(unknown_name("recipe", self.recipe, RECIPES))
         if self.scale_dtype not in (None, *_SCALE_TYPES):
             raise TunerError(unknown_name("scale_dtype", str(self.scale_dtype), _SCALE_TYPES))
         limits = {"iters": 0, "nsamples": 1, "seqlen": 2, "batch_size": 1}
         for name, least in limits.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                msg = f"{name} {value!r} is not allowed: use a whole number of at least {least}"
-                raise TunerError(msg)
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), least)
         for name in ("lr", "minmax_lr"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= 1):
                 msg = f"{name} {value!r} is not allowed: use a number above 0 and at most 1"
                 raise TunerError(msg)
         check_tuning(self)
@@ -232,7 +233,7 @@ def _given(settings: Settings, name: str) -> bool:
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
-    """Return settings from keyword arguments.
+    """Return settings from keyword arguments; None means the default.
 
     Raises:
         TunerError: an unknown keyword (with the nearest names), or a value out of range.
@@ -242,7 +243,7 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
         if name not in known and name not in NOT_DONE:
             raise TunerError(unknown_name("argument", name, known))
     refuse_undone(given)
-    return Settings(**{name: value for name, value in given.items() if name in known})
+    return Settings(**{k: v for k, v in given.items() if k in known and v is not None})
 
 
 def _listed(value: tuple[str, ...] | str) -> tuple[str, ...]:

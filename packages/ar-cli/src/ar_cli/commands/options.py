@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ar_cli.commands.tuning import OPPOSITES, tuning_settings
 from ar_schemes import ArError, scheme
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _PLAN_OPTIONS = (
     click.option(
         "--layer-config",
         metavar="JSON",
-        help='Layer or pattern to scheme: \'{"lm_head": "W8A16"}\', or a file of it.',
+        help='Layer or pattern to scheme or bits: \'{"lm_head": "W8A16"}\', or a file of it.',
     ),
     click.option("--ignore-layers", metavar="NAMES", help="Keep these in 16 bit; comma separated."),
     click.option("--quant-lm-head", is_flag=True, help="Quantize the output head too."),
@@ -51,7 +52,9 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def settings_from(given: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of `AutoRound` for options as typed; unset ones are left out."""
-    out = {k: v for k, v in given.items() if v is not None and v is not False}
+    known = {k: v for k, v in given.items() if k not in OPPOSITES}
+    out = {k: v for k, v in known.items() if v is not None and v is not False}
+    out |= tuning_settings(given)
     if given.get("sym") is False:
         out["sym"] = False
     if "layer_config" in out:
