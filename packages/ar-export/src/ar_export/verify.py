@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ar_export.errors import ExportError
+from ar_export.findings import Finding
 from ar_export.formats.packed import suffixes_of
+from ar_export.lint import lint
 from ar_export.opening import open_model
 from ar_export.reader import open_checkpoint
 from ar_kernels import equal
@@ -32,15 +34,6 @@ _PACKED = (
     *(".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale"),
     *(".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".input_scale"),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong (error) or odd (warning), and where."""
-
-    level: Literal["error", "warning"]
-    what: str
-    where: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ def verify(
         found = open_checkpoint(path)
     except ExportError as error:
         return VerifyReport(0, 0, 0, None, (Finding("error", str(error), str(path)),))
-    findings = [*_structure(found)]
+    findings = [*_structure(found), *lint(found)]
     compared = 0
     for name in found.quantized:
         try:
@@ -129,24 +122,6 @@ def _structure(found: Readable) -> Iterator[Finding]:
             yield Finding("error", "differs from the one in config.json", side.name)
     if found.quantization_config is not None and not found.quantized:
         yield Finding("error", "the config names a quantization, but no layer is quantized", "")
-    if packed:
-        yield from _fused(found)
-
-
-def _fused(found: Readable) -> Iterator[Finding]:
-    """Yield members of layers that engines fuse (q, k, v and gate, up) with unlike schemes."""
-    for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        for name in found.quantized:
-            head, _, tail = name.rpartition(".")
-            if tail != members[0]:
-                continue
-            there = [f"{head}.{m}" for m in members]
-            there = [n for n in there if n in found.quantized or f"{n}.weight" in found.files]
-            mates = [found.quantized.get(n) for n in there]
-            unlike = {None if m is None else m.scheme.weight for m in mates}
-            if len(unlike) > 1:
-                what = f"{', '.join(members)} differ; vLLM and SGLang fuse them and will refuse"
-                yield Finding("warning", what, head)
 
 
 def _logits(path: Path, against: nn.Module) -> tuple[float, list[Finding]]:

@@ -6,6 +6,7 @@ auto-round 0.16.1 writes.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from ar_export.errors import ExportError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ar_kernels.layouts.base import TensorFact
     from ar_schemes import LayerPlan, Scheme
 
+_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 _SKIPPED = {"bits": 16, "data_type": "fp"}
 _GPTQ, _PLAIN, _V2 = "auto_round:auto_gptq", "auto_round", "auto_round:gptqmodel"
 _AWQ, _CT, _E5M3 = (
@@ -203,4 +205,21 @@ def _extra(plan: LayerPlan, flat: Mapping[str, Any]) -> dict[str, Any]:
             out[row.layer.name] = mine
         elif differing:
             out[row.layer.name] = differing
-    return out
+    return out | _containers(plan, out)
+
+
+def _containers(plan: LayerPlan, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what all experts of a list have in common, under the list's name.
+
+    vLLM asks for that name; other readers take it for a pattern that means every one of them.
+    """
+    lists: dict[str, list[Any]] = {}
+    for row in plan.rows:
+        hit = _EXPERT.match(row.layer.name)
+        if hit:
+            lists.setdefault(hit[1], []).append(changes.get(row.layer.name))
+    return {
+        name: members[0]
+        for name, members in lists.items()
+        if members[0] is not None and all(m == members[0] for m in members)
+    }
