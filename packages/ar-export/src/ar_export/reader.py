@@ -125,7 +125,7 @@ def open_checkpoint(path: Path) -> Readable:
         if isinstance(container, Container) and container.holds(path):
             return container.open(path)
     config = read_json(path / "config.json")
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config", config.get("quantization"))
     if quantization is None and (path / "quantization_config.json").is_file():
         quantization = read_json(path / "quantization_config.json")
     files, facts = _tensors(path)

@@ -12,6 +12,7 @@ import pluggy
 from ar_export.errors import ExportError
 from ar_export.folder import StagedFolder
 from ar_export.formats.base import (
+    AddsToConfig,
     AdjustsPlan,
     Container,
     HoldsEmbeddings,
@@ -148,6 +149,9 @@ class SafetensorsSink:
         if isinstance(self._format, SetsDtype):
             config.pop("torch_dtype", None)
             config["dtype"] = self._format.dtype
+        config.pop("quantization", None)
+        if isinstance(self._format, AddsToConfig) and self._config is not None:
+            config |= self._format.beside(self._config)
         names = self._format.config_names if isinstance(self._format, NamesConfigs) else ()
         write_configs(folder, config, self._config, names=names)
         return self._folder.commit()

@@ -102,6 +102,11 @@ def shape_of(
     if order == "awq":
         columns, words = _matrix(f"{name}.qweight", tensors)
         return words * _WORD // bits, columns
+    if order == "mlx":
+        rows, words = _matrix(f"{name}.weight", tensors)
+        if words * _WORD % bits:
+            raise ExportError(_uneven(name, f"{name}.weight", words, bits))
+        return rows, words * _WORD // bits
     if f"{name}.weight" in tensors:
         return _matrix(f"{name}.weight", tensors)
     rows, packed = _matrix(f"{name}.weight_packed", tensors)

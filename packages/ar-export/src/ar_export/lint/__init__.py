@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ar_export.lint.engines import notes
 from ar_export.lint.keys import keys
 from ar_export.lint.layers import layers
+from ar_export.lint.skips import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +24,8 @@ __all__ = ["lint"]
 
 def lint(found: Readable) -> Iterator[Finding]:
     """Yield what vLLM and SGLang would stumble over; nothing for files that describe themselves."""
-    if found.quantization_config is None:
+    method = (found.quantization_config or {}).get("quant_method")
+    if method not in METHODS:  # neither engine opens it, whatever it says
         return
     yield from layers(found)
     yield from keys(found)

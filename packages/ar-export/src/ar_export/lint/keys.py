@@ -30,9 +30,8 @@ def keys(found: Readable) -> Iterator[Finding]:
     """Yield what is wrong with the config of a checkpoint."""
     config = found.quantization_config
     assert config is not None
-    rules = _RULES.get(str(config.get("quant_method")))
-    if rules is not None:
-        yield from (Finding("warning", what, where) for what, where in rules(found, config))
+    rules = _RULES[str(config["quant_method"])]
+    yield from (Finding("warning", what, where) for what, where in rules(found, config))
 
 
 def _absent(config: Mapping[str, Any], needed: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ar_kernels.hf.compressed import parse_compressed
-from ar_kernels.hf.config import METHODS, parse
+from ar_kernels.hf.config import METHODS as INTEGER
+from ar_kernels.hf.config import parse
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from ar_export.formats.base import Readable
 
-_KEYS = {
+METHODS = {
     "auto-round": "extra_config",
     "gptq": "dynamic",
     "awq": "modules_to_not_convert",
@@ -27,17 +28,15 @@ def says_quantized(found: Readable, names: Collection[str]) -> dict[str, str]:
     config = found.quantization_config
     assert config is not None
     method = str(config.get("quant_method"))
-    if method in METHODS:
+    if method in INTEGER:
         chosen = parse(config, reading=True).resolve({name: (name,) for name in names})
         taken = [n for n in names if n in chosen and chosen[n].scheme.weight is not None]
     elif method == "compressed-tensors":
         parsed = parse_compressed(config)
         taken = [n for n in names if parsed.find(n) is not None]
-    elif method == "fp8":
+    else:
         taken = [n for n in names if n not in _listed(config)]
-    else:  # a plugin's method has its own rules
-        taken = []
-    return dict.fromkeys(taken, _KEYS.get(method, ""))
+    return dict.fromkeys(taken, METHODS[method])
 
 
 def _listed(config: Mapping[str, Any]) -> set[str]:
