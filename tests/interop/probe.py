@@ -37,12 +37,16 @@ def open_with(reader: str, directory: Path) -> Any:
 
         options["device_map"] = "cpu"
     elif reader == "compressed_tensors":
-        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    else:
+        config = json.loads((directory / "config.json").read_text())["quantization_config"]
+        # it dequantizes zero points only while loading, several groups only when first run
+        if len(config["config_groups"]) == 1:
+            options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    elif reader == "transformers":
         files = [f.name for f in directory.glob("*.gguf")]
         config = json.loads((directory / "config.json").read_text())
-        if files:
-            options |= {"gguf_file": files[0], "dtype": torch.float32}
+        if files:  # its table of GGUF keys has no head_dim for every model
+            known = transformers.AutoConfig.from_pretrained(directory)
+            options |= {"gguf_file": files[0], "dtype": torch.float32, "config": known}
         elif "quantization_config" in config:
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
@@ -51,7 +55,7 @@ def open_with(reader: str, directory: Path) -> Any:
         msg = f"{len(missing)} tensors are not read: {missing[0]}, ..."
         raise LookupError(msg)
     if reader == "compressed_tensors":
-        model(torch.arange(4)[None])  # some compressors are undone when the model first runs
+        model(torch.arange(4)[None])  # it decompresses when the model first runs
     return model
 
 

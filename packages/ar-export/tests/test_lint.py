@@ -365,3 +365,41 @@ def test_notes_on_asymmetric_weights(write) -> None:
 
 def test_a_float_checkpoint_has_nothing_to_check(write) -> None:
     assert list(lint(open_checkpoint(write("fake", "W4A16")))) == []
+
+
+def test_e5m3_as_auto_round_writes_it_for_compressed_tensors_is_read_and_noted(write) -> None:
+    path = write("auto_round", "NVFP4_E5M3")
+    wanted = {n: open_checkpoint(path).weight(n) for n in open_checkpoint(path).quantized}
+    args = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group"}
+    args |= {"group_size": 16, "dynamic": False}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-e5m3-pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": args,
+                "input_activations": {**args, "dynamic": "local"},
+            }
+        },
+    }
+    edit(path, lambda c: (c.clear(), c.update(config)))
+    found = open_checkpoint(path)
+    assert found.format == "llm_compressor"
+    for name, weight in wanted.items():
+        assert torch.equal(found.weight(name).dequantize(), weight.dequantize())
+    said = {f.what.partition(" does")[0] for f in lint(found) if f.level == "note"}
+    assert said == BOTH
+    with pytest.raises(ExportError, match="knows no E5M3 scales"):
+        check_plan(
+            format("llm_compressor"),
+            ExampleRequest(
+                path / "x",
+                make_plan(rows_of(*FUSED), LayerRules(scheme("NVFP4_E5M3"))),
+                "llm_compressor",
+                None,
+                CONFIG,
+            ),
+        )

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _HEADS = ("lm_head", "embed_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Model types whose blocks hold weights as [I, O]."""
 _KEYS = ("quantization_config", "quantization")
 _SHIFTED = "int_asym_float_zp"
 _SCALES = ("float16", "bfloat16", "float32")
@@ -102,6 +104,7 @@ def convert(
 
 def plan_of(found: Readable, schemes: Mapping[str, Scheme]) -> LayerPlan:
     """Return the plan that a checkpoint is the result of."""
+    turned = found.config.get("model_type") in _CONV1D
     rows = []
     for key, fact in found.facts.items():
         layer, _, suffix = key.rpartition(".")
@@ -110,7 +113,9 @@ def plan_of(found: Readable, schemes: Mapping[str, Scheme]) -> LayerPlan:
         rows.append(PlanRow(_layer(layer, fact.shape), Scheme(name="BF16"), "not quantized"))
     for name, entry in found.quantized.items():
         shape = (entry.rows, entry.columns)
-        rows.append(PlanRow(_layer(name, shape), schemes[name], "as in the source"))
+        info = _layer(name, shape)
+        info = replace(info, transposed=turned and info.block is not None)
+        rows.append(PlanRow(info, schemes[name], "as in the source"))
     names = [row.scheme for row in rows if row.quantized]
     default = max(names, key=lambda one: sum(s.weight == one.weight for s in names))
     return LayerPlan(rows=tuple(rows), default=default)

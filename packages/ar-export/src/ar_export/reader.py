@@ -206,7 +206,12 @@ def _inside(path: Path, name: str, index: Path) -> Path:
         msg = f"{index}: names {name!r}, which is not a file beside it"
         raise ExportError(msg)
     file = path / name
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        msg = f"{index}: names a file that cannot be: {error}"
+        raise ExportError(msg) from error
+    if not there:
         pickles = sorted(p.name for p in path.glob("*.bin"))
         only = f" Only pickles are there ({pickles[0]}), which are not read." if pickles else ""
         msg = f"{path}: weight file {name} is missing.{only}"

@@ -125,10 +125,13 @@ class SafetensorsSink:
         self._writer: ShardWriter | None = None
         self._dtype = config_dtype(request.config)
         self._config = found.config(request)
+        self._turned = {r.layer.name for r in request.plan.rows if r.layer.transposed}
 
     def put(self, name: str, weight: QuantizedWeight) -> None:
         """Take the weight of a layer (name without `.weight`)."""
         parts = self._format.tensors(self._config, weight, self._dtype)
+        if self._config is None and name in self._turned:  # floats lie as the model holds them
+            parts = {suffix: tensor.t() for suffix, tensor in parts.items()}
         for suffix, tensor in parts.items():
             self._shards().add(f"{name}.{suffix}", tensor)
 

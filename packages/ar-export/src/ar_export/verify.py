@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from ar_export.findings import Finding
 from ar_export.formats.packed import suffixes_of
 from ar_export.lint import lint
 from ar_export.opening import open_model
-from ar_export.reader import open_checkpoint
+from ar_export.reader import open_checkpoint, read_json
 from ar_kernels import equal
 
 if TYPE_CHECKING:
@@ -109,19 +108,29 @@ def _structure(found: Readable) -> Iterator[Finding]:
         known |= mine
         if packed and f"{name}.weight" in found.files and f"{name}.weight" not in mine:
             yield Finding("error", "both packed and float weights are stored", name)
-    for key in found.names:
-        if key.endswith(_PACKED) and key not in known:
+    for key, fact in found.facts.items():
+        codes = packed and _is_codes(key, fact.dtype)
+        if key not in known and (codes or key.endswith(_PACKED)):
             yield Finding("error", "a packed tensor that belongs to no quantized layer", key)
     if found.config.get("tie_word_embeddings") and "lm_head.weight" in found.files:
         yield Finding("warning", "the head is tied, yet stored a second time", "lm_head.weight")
     side = found.path / "quantization_config.json"
     wanted = found.quantization_config
     if wanted is not None and side.is_file():
-        stored = json.loads(side.read_text(encoding="utf-8"))
-        if stored != wanted:
-            yield Finding("error", "differs from the one in config.json", side.name)
+        try:
+            same = read_json(side) == wanted
+        except ExportError as error:
+            yield Finding("error", str(error), side.name)
+        else:
+            if not same:
+                yield Finding("error", "differs from the one in config.json", side.name)
     if found.quantization_config is not None and not found.quantized:
         yield Finding("error", "the config names a quantization, but no layer is quantized", "")
+
+
+def _is_codes(key: str, dtype: torch.dtype) -> bool:
+    """Tell whether a tensor holds codes under the name of a float weight."""
+    return key.endswith(".weight") and (dtype.itemsize == 1 or not dtype.is_floating_point)
 
 
 def _logits(path: Path, against: nn.Module) -> tuple[float, list[Finding]]:

@@ -44,7 +44,7 @@ class AutoGptqFormat:
     """Format `auto_gptq`."""
 
     name = "auto_gptq"
-    spellings = ("auto_gptq", "auto_gptq:gptq_v2")
+    spellings = ("auto_gptq", "gptqmodel", "auto_gptq:gptq_v2")
     summary = "int 2, 3, 4, 8 bits, GPTQ; GPTQModel, Transformers, vLLM and SGLang (sym 4, 8)"
     dtype = "float16"
     config_names = ("quantize_config.json",)

@@ -70,7 +70,7 @@ def _unlike_scales(found: Readable, members: tuple[str, ...]) -> Iterator[Findin
     """Yield tensor scales of NVFP4 that differ within a fused layer, which has one."""
     for suffix in _WHOLE:
         keys = [f"{name}.{suffix}" for name in members if f"{name}.{suffix}" in found.facts]
-        values = {float(found.tensor(key)) for key in keys}
+        values = {tuple(found.tensor(key).flatten().tolist()) for key in keys}
         if len(values) > 1:
             names = ", ".join(_tail(n) for n in members)
             what = f"{names} have unlike {suffix}; vLLM takes one of them for all"
