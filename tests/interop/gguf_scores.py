@@ -13,6 +13,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import ar_cli
+
+DEMO = Path(ar_cli.__file__).parent / "demo" / "model"
 TOLERANCE = 1e-3
 """Largest KL of llama.cpp's next-token distribution from ours."""
 TOKENS, SEQLEN = 2048, 256
@@ -23,9 +26,10 @@ VARIANTS = (
 
 
 def score(model: Path, text: Path, python: str, work: Path) -> None:
-    """Write WORK/<model>.json with a row for every type."""
+    """Write WORK/<name of the model>.json with a row for every type."""
     work.mkdir(parents=True, exist_ok=True)
-    folder = work / model.name
+    name = "embedded" if model == DEMO else model.name
+    folder = work / name
     pairs = [["float", str(model), str(written(model, folder / "float"))]]
     for variant in VARIANTS:
         pairs.append([variant, *map(str, quantized(model, folder, variant))])
@@ -38,8 +42,8 @@ def score(model: Path, text: Path, python: str, work: Path) -> None:
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    found |= {"model": model.name}
-    (work / f"{model.name}.json").write_text(json.dumps(found, indent=1))
+    found |= {"model": name}
+    (work / f"{name}.json").write_text(json.dumps(found, indent=1))
 
 
 def written(model: Path, out: Path) -> Path:
