@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -96,6 +97,10 @@ WRITTEN = [
     ("auto_round", "W4A16", {"ignore_layers": ("gate_proj", "up_proj")}),
     ("auto_round", "W4A16", {"experts": 2, "layer_config": {"experts": {"bits": 8}}}),
     ("auto_round", "W4A16", {"experts": 2, "ignore_layers": ("experts",)}),
+    ("auto_gptq", "W4A16", {"experts": 2, "layer_config": {"experts": {"bits": 8}}}),
+    ("auto_gptq", "W4A16", {"experts": 2, "ignore_layers": ("experts",)}),
+    ("auto_awq", "W4A16", {"experts": 2, "ignore_layers": ("experts",)}),
+    ("llm_compressor", "W4A16", {"experts": 2, "ignore_layers": ("experts",)}),
     ("auto_round", "MXFP8", {}),
     ("auto_round", "FP8_BLOCK", {"ignore_layers": ("mlp.down_proj",)}),
     ("auto_gptq", "W4A16", {"quant_lm_head": True}),
@@ -253,6 +258,13 @@ def test_a_list_of_experts_without_a_key_is_found(write) -> None:
     path = write("auto_round", "W4A16", experts=2, layer_config={"experts": {"bits": 8}})
     edit(path, lambda c: c["extra_config"].pop(f"{BLOCK}.mlp.experts"))
     assert "vLLM looks for the list" in warnings(path)
+    whole = f"{BLOCK}.mlp.experts"
+    path = write("auto_awq", "W4A16", experts=2, ignore_layers=("experts",))
+    edit(path, lambda c: c["modules_to_not_convert"].remove(whole))
+    assert f"{whole}: experts are listed, their list is not" in warnings(path)
+    path = write("auto_gptq", "W4A16", experts=2, ignore_layers=("experts",))
+    edit(path, lambda c: c["dynamic"].pop(f"-:.*{re.escape(whole)}$"))
+    assert "a rule that does not mean the list" in warnings(path)
 
 
 def test_unlike_tensor_scales_of_nvfp4_are_found(write) -> None:

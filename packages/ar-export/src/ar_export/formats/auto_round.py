@@ -6,12 +6,17 @@ auto-round 0.16.1 writes.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from ar_export.errors import ExportError
 from ar_export.formats.auto_gptq import integer_layers
-from ar_export.formats.packed import default_scheme, require_quantized, skipped, suffixes_of
+from ar_export.formats.packed import (
+    default_scheme,
+    expert_lists,
+    require_quantized,
+    skipped,
+    suffixes_of,
+)
 from ar_export.formats.scales import with_scales_of
 from ar_kernels import layout
 from ar_kernels.hf.config import packed_layout
@@ -28,7 +33,6 @@ if TYPE_CHECKING:
     from ar_kernels.layouts.base import TensorFact
     from ar_schemes import LayerPlan, Scheme
 
-_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 _SKIPPED = {"bits": 16, "data_type": "fp"}
 _GPTQ, _PLAIN, _V2 = "auto_round:auto_gptq", "auto_round", "auto_round:gptqmodel"
 _AWQ, _CT, _E5M3 = (
@@ -205,21 +209,4 @@ def _extra(plan: LayerPlan, flat: Mapping[str, Any]) -> dict[str, Any]:
             out[row.layer.name] = mine
         elif differing:
             out[row.layer.name] = differing
-    return out | _containers(plan, out)
-
-
-def _containers(plan: LayerPlan, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what all experts of a list have in common, under the list's name.
-
-    vLLM asks for that name; other readers take it for a pattern that means every one of them.
-    """
-    lists: dict[str, list[Any]] = {}
-    for row in plan.rows:
-        hit = _EXPERT.match(row.layer.name)
-        if hit:
-            lists.setdefault(hit[1], []).append(changes.get(row.layer.name))
-    return {
-        name: members[0]
-        for name, members in lists.items()
-        if members[0] is not None and all(m == members[0] for m in members)
-    }
+    return out | expert_lists(plan, out)

@@ -128,6 +128,14 @@ def _fused_patterns(found: Readable, dynamic: Mapping[str, Any]) -> Iterator[tup
             parent, _, tail = name.rpartition(".")
             if tail == tails[0] and _rule(name, dynamic) != _rule(f"{parent}.{fused}", dynamic):
                 yield f"is meant by a rule that does not mean {fused}, which vLLM asks for", name
+    for name in (*found.quantized, *float_linears(found)):
+        hit = _EXPERT.match(name)
+        if hit and _kind(_rule(name, dynamic)) != _kind(_rule(hit[1], dynamic)):
+            yield "is meant by a rule that does not mean the list, which vLLM asks for", name
+
+
+def _kind(rule: str | None) -> str:
+    return "" if rule is None else rule[:2]
 
 
 def _rule(name: str, dynamic: Mapping[str, Any]) -> str | None:
@@ -144,11 +152,16 @@ def _head(found: Readable, config: Mapping[str, Any]) -> Iterator[tuple[str, str
 def _awq(found: Readable, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _absent(config, ("bits", "group_size", "zero_point", "version"))
     yield from _head(found, config)
-    for skip in _listed(config.get("modules_to_not_convert")):
-        hit = [name for name in found.quantized if skip in name]
-        if hit:
-            what = f"is part of the name {hit[0]}; vLLM and SGLang would skip that layer too"
+    skips = _listed(config.get("modules_to_not_convert"))
+    for skip in skips:
+        meant = next((name for name in found.quantized if skip in name), None)
+        if meant is not None:
+            what = f"is part of the name {meant}; vLLM and SGLang would skip that layer too"
             yield what, f"modules_to_not_convert {skip!r}"
+    lists = dict.fromkeys(hit[1] for n in float_linears(found) if (hit := _EXPERT.match(n)))
+    for name in lists:
+        if not any(skip in name for skip in skips):
+            yield "experts are listed, their list is not; vLLM looks for the list", name
 
 
 def _fp8(found: Readable, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:  # noqa: ARG001
