@@ -35,6 +35,7 @@ class LayerInfo:
         copies: number of equal matrices (experts) the name stands for.
         tied: shares its weight with the embedding.
         keep: reason of the model adapter to leave it in high precision, or None.
+        transposed: the model holds it as [I, O] (Conv1D of GPT-2).
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerInfo:
     copies: int = 1
     tied: bool = False
     keep: str | None = None
+    transposed: bool = False
 
     @property
     def weights(self) -> int:

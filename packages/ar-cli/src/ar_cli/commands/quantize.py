@@ -153,6 +153,8 @@ def _summary(facts: dict[str, Any]) -> None:
         ],
     )
     for finding in facts["findings"]:
+        if finding["level"] == "note":  # about engines that may not be meant; `ar verify` tells
+            continue
         click.echo(f"{finding['level']}: {finding['where']}: {finding['what']}", err=True)
     next_commands(facts)
 
