@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
 from ar_tuner import events
+from ar_tuner.algorithms.opt_rtn import gains
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers
+from ar_tuner.refine import Rows, share_out, wanted_rows
 from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format
 from ar_tuner.settings import make_settings
 from ar_tuner.sink import parse_formats
@@ -21,7 +23,7 @@ from ar_tuner.sink import parse_formats
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerInfo, Scheme
@@ -50,8 +52,9 @@ class AutoRound:
         tokenizer: for a loaded model whose calibration data is text.
         scheme: preset name (`W4A16`), flat dict or `Scheme`; None: what the format implies
             (`gguf:q4_k_m`), else W4A16.
-        dataset: calibration data: None (an embedded text), a .txt/.json/.jsonl/.parquet file, a
-            list of strings or of token tensors, a DataLoader, or the name of a `datasets` set.
+        dataset: calibration data: None (an embedded text), a .txt/.json/.jsonl/.parquet file or a
+            directory of them, named sets and combinations (`a.json:num=64,pile-10k`), a list of
+            strings, records or token tensors, a DataLoader. See docs/calibration.md.
         on_event: called with every event of the run.
         **options: fields of `ar_tuner.settings.Settings`.
 
@@ -74,6 +77,7 @@ class AutoRound:
         self._formats: tuple[str, ...] = ()
         self.scheme = self._scheme()
         self.dataset = dataset
+        self._check_dataset()
         self.source = Path(model) if isinstance(model, (str, Path)) else None
         self.given = None if isinstance(model, (str, Path)) else model
         self._tokenizer = tokenizer
@@ -163,15 +167,21 @@ class AutoRound:
         return self._prepared
 
     def algorithm(self) -> Algorithm:
-        """Return the algorithm of the recipe."""
-        recipe = self.settings.chosen
-        return algorithm("rtn" if recipe.iters == 0 else recipe.algorithm)
+        """Return the algorithm of the recipe.
 
-    def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Tensor:
-        """Return the calibration tokens [N, T], after telling what they are made of."""
-        from ar_tuner.calibration import calibration_rows, check_seqlen
+        Searched scales are not worth a calibration when every layer is too wide to gain by them.
+        """
+        recipe = self.settings.chosen
+        forced = recipe.disable_opt_rtn is False
+        idle = not forced and not any(gains(row.scheme) for row in self.plan().quantized)
+        return algorithm("rtn" if recipe.algorithm == "opt_rtn" and idle else recipe.algorithm)
+
+    def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Rows:
+        """Return the calibration tokens by use, after telling what they are made of."""
+        from ar_tuner.calibration import calibration_rows, check_ids, check_seqlen
 
         recipe = self.settings.chosen
+        numbers = None if recipe.stage is None else recipe.stage_settings(self.settings.seed)
         began = time.perf_counter()
         seqlen = check_seqlen(
             recipe.seqlen, getattr(model, "config", None), asked=self.settings.seqlen is not None
@@ -179,17 +189,23 @@ class AutoRound:
         rows, report = calibration_rows(
             self.dataset,
             tokenizer,
-            nsamples=recipe.nsamples,
+            nsamples=recipe.nsamples if numbers is None else wanted_rows(recipe.nsamples, numbers),
             seqlen=seqlen,
             seed=self.settings.seed,
             allow_download=self.settings.allow_download,
         )
-        for note in report.notes():
-            self.emit(events.Note("warning", note))
-        self.emit(
-            events.CalibrationReady(len(rows), int(rows.numel()), time.perf_counter() - began)
-        )
-        return rows
+        check_ids(rows, getattr(model, "config", None))
+        for note in dataclasses.replace(report, asked=min(recipe.nsamples, report.asked)).notes():
+            self.emit(note)
+        seconds = time.perf_counter() - began
+        self.emit(events.CalibrationReady(len(rows), rows.numel(), seconds, report.sources))
+        if numbers is None:
+            return Rows(rows)
+        shared = share_out(rows, report.documents, recipe.nsamples, numbers)
+        if shared is None:
+            text = f"distill is left out: {len(rows)} calibration rows are too few to hold any out"
+            self.emit(events.Note("warning", text))
+        return Rows(rows[: recipe.nsamples]) if shared is None else shared
 
     def emit(self, event: RunEvent) -> None:
         """Tell the listener and every plugin of an event."""
@@ -228,6 +244,13 @@ class AutoRound:
         config = json.loads(json.dumps(described.to_dict(), default=str))
         config.setdefault("architectures", [type(model).__name__])
         return config
+
+    def _check_dataset(self) -> None:
+        from ar_tuner.calibration import check_dataset
+
+        recipe = self.settings.chosen
+        nsamples = recipe.nsamples if recipe.iters else None
+        check_dataset(self.dataset, nsamples=nsamples, allow_download=self.settings.allow_download)
 
     def _scheme(self) -> Scheme:
         which = self._asked
