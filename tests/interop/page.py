@@ -44,7 +44,7 @@ share of equal most likely tokens, and whether llama.cpp's tokenizer gives the m
 scale: KL of the same dequantized model from the float one. The first row is the float model as
 16-bit GGUF: what two implementations differ by. llama.cpp quantizes activations to 8 bits in
 blocks of 32 or 256 before it multiplies, which costs a KL of this size whatever the weights; more
-than {tolerance} counts as a difference (a type read wrongly is off by more than 1).
+than {tolerance} counts as a difference.
 
 | model | type | KL llama.cpp to ours | equal first | tokenizer | KL ours to float |
 |---|---|---|---|---|---|

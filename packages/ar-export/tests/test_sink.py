@@ -13,7 +13,7 @@ from ar_schemes import scheme
 
 
 def test_a_format_of_others_is_left_to_them(request_for) -> None:
-    assert ar_open_sink(request_for(format="gguf:q4_k_m")) is None
+    assert ar_open_sink(request_for(format="svdquant_nunchaku")) is None
 
 
 def test_nothing_is_visible_before_commit_and_nothing_is_left_after_abort(

@@ -22,6 +22,8 @@ _GPTQ, _AWQ = "auto_round:auto_gptq", "auto_round:auto_awq"
 _FLOATS, _TILES = "auto_round:llm_compressor", "auto_round:fp8"
 _MARLIN = ((4, True), (8, True))
 _ELSEWHERE = "write llm_compressor"
+_RATHER = ("nv_fp", "fp")
+"""Float types that both engines read of compressed-tensors."""
 
 
 def notes(found: Readable) -> Iterator[Finding]:
@@ -56,13 +58,15 @@ def _vllm_auto_round(config: Mapping[str, Any], entry: LayerEntry) -> str | None
         return None if packing == _FLOATS else f"it reads mx_fp in {_FLOATS} only"
     if spec.data_type == "fp" and spec.granularity.span is Span.TILE:
         return None if packing == _TILES else f"it reads FP8 in {_TILES} only"
-    return f"auto-round checkpoints of {spec} are unknown to it; {_ELSEWHERE}"
+    why = f"auto-round checkpoints of {spec.data_type} are unknown to it"
+    return f"{why}; {_ELSEWHERE}" if spec.data_type in _RATHER else why
 
 
 def _sglang_auto_round(config: Mapping[str, Any], entry: LayerEntry) -> str | None:
     packing, spec = str(config.get("packing_format") or _GPTQ), _spec(entry)
     if spec.data_type != "int":
-        return f"it reads integers of auto-round only, not {spec.data_type}; {_ELSEWHERE}"
+        why = f"it reads integers of auto-round only, not {spec.data_type}"
+        return f"{why}; {_ELSEWHERE}" if spec.data_type in _RATHER else why
     if packing not in (_GPTQ, _AWQ):
         return f"it has no packing_format {packing}; {_ELSEWHERE}"
     if spec.bits not in (2, 3, 4, 8):
