@@ -18,7 +18,7 @@ from ar_tuner.logits import tail_of
 from ar_tuner.names import map_names, source_files, source_tensors
 from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks, wants_float_inputs
 from ar_tuner.progress import Eta, peak_bytes
-from ar_tuner.refine import Refinement, copy_floats, install_refined, refine, refusal
+from ar_tuner.refine import Refinement, copy_floats, install_refined, norm_gains, refine, refusal
 from ar_tuner.registry import open_sink, stage
 from ar_tuner.rows import none_left
 from ar_tuner.run import Run, fingerprint
@@ -28,6 +28,7 @@ from ar_tuner.stages import ModelResult
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import torch
     from torch import Tensor, nn
 
     from ar_kernels import QuantizedWeight
@@ -90,7 +91,8 @@ def quantize_to_directory(
             resume=request.settings.resume,
         )
         with run:
-            job = _job(request, prepared, finished=_loader(run), rows=rows)
+            home = _device(prepared.model)
+            job = _job(request, prepared, finished=_loader(run, home), rows=rows)
             outside = dict(_outside(prepared, job))
             with deterministic(enabled=request.settings.enable_deterministic_algorithms):
                 refinement = _refinement(request, prepared, job, rows, outside)
@@ -148,7 +150,7 @@ def _write(  # noqa: PLR0913
         written.add(key)
 
     for index, name, result in _narrated(
-        request, job, resumed=len(run.finished), run_dir=str(run.directory), run=run
+        request, job, resumed=_done(job, run), run_dir=str(run.directory), run=run
     ):
         if index not in run.finished:
             run.save_block(index, name, result.weights, result.facts())
@@ -169,8 +171,14 @@ def _write(  # noqa: PLR0913
         sink.put_tensor(key, tensor)
 
 
+def _done(job: Job, run: Run) -> int:
+    """Return how many blocks an earlier run has finished; a stage is none."""
+    return sum(1 for index in run.finished if index < len(job.blocks))
+
+
 def _rows(request: AutoRound, prepared: Prepared) -> Rows | None:
-    if not needs_inputs(request.algorithm(), prepared.plan):
+    staged = request.settings.chosen.stage is not None
+    if not staged and not needs_inputs(request.algorithm(), prepared.plan):
         return None
     return request.calibration_rows(prepared.tokenizer, prepared.model)
 
@@ -187,13 +195,14 @@ def _refinement(
     if why is not None:
         request.emit(events.Note("warning", f"{name} is left out: {why}"))
         return None
-    home = _device(prepared.model)
+    home, names = _device(prepared.model), _source_names(request, prepared)
     return Refinement(
         stage=stage(name),
         settings=request.settings.chosen.stage_settings(request.settings.seed),
         rows=rows.stage.to(home),
         held_out=rows.held_out.to(home),
         floats=copy_floats(job, modules),
+        gains=tuple(n for n in norm_gains(prepared.model) if n in names),
     )
 
 
@@ -310,11 +319,12 @@ def _device(model: nn.Module) -> Any:
     return next(model.parameters()).device
 
 
-def _loader(run: Run) -> Callable[[int], BlockResult | None]:
+def _loader(run: Run, home: torch.device) -> Callable[[int], BlockResult | None]:
     def load(index: int) -> BlockResult | None:
         if index not in run.finished:
             return None
-        return BlockResult.restored(*run.load_block(index))
+        weights, facts = run.load_block(index)
+        return BlockResult.restored({k: w.to(home) for k, w in weights.items()}, facts)
 
     return load
 
@@ -328,13 +338,14 @@ def _weight_finder(
         for model, source in _source_names(request, prepared).items()
     }
     index_of = {b.name: i for i, b in enumerate(job.blocks)}
+    refined = run.load_block(len(job.blocks))[0] if len(job.blocks) in run.finished else {}
 
     def find(layer: str) -> QuantizedWeight:
         layer = names.get(layer, layer)
         if layer in outside:
             return outside[layer]
-        if len(job.blocks) in run.finished:
-            return run.load_block(len(job.blocks))[0][layer]
+        if layer in refined:
+            return refined[layer]
         block = prepared.plan[layer].layer.block
         return run.load_block(index_of[layer if block is None else block])[0][layer]
 

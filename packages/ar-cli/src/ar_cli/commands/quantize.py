@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from ar_kernels import QuantizedWeight
 
 
+_RECIPES = (
+    "best, default, light, fast (few steps, no stage after the blocks), rtn or opt_rtn (round to "
+    "nearest with plain or with searched scales)."
+)
+
+
 @click.command()
 @click.argument("model", required=False)
 @click.option(
@@ -35,7 +41,14 @@ if TYPE_CHECKING:
     help="One or several, separated by commas; see `ar formats`.",
 )
 @plan_options
-@click.option("--recipe", default="default", show_default=True, help="best, default, light or rtn.")
+@click.option("--recipe", default="default", show_default=True, help=_RECIPES)
+@click.option("--algorithm", metavar="NAME", help="What quantizes a block; see `ar plugins`.")
+@click.option(
+    "--distill/--no-distill",
+    default=None,
+    help="Refine the whole model afterwards against the float model's predictions, or do not.",
+)
+@click.option("--stage", metavar="NAME", help="Refine the whole model by another stage.")
 @click.option("--iters", type=int, help="Tuning steps per block; 0 rounds to nearest.")
 @click.option("--nsamples", type=int, help="Calibration rows.")
 @click.option("--seqlen", type=int, help="Tokens per row.")

@@ -20,8 +20,6 @@ from ar_kernels.numerics.grouping import expand
 from ar_tuner.distill.moments import Moments
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from ar_kernels import QuantizedWeight
@@ -135,19 +133,21 @@ class Latent:
                 out |= {f"{name}.first": moments.first, f"{name}.second": moments.second}
         return out if self.factor is None else out | {"factor": self.factor}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
-
     def _pair(self) -> tuple[Tensor, Params]:
         """Return latent weight and parameters; a factor moves both, so that codes stay."""
         if self.factor is None:
             return self.value, self.params
         spec = self.target.weight.spec
         params = data_type(spec.data_type).rescale(self.params, spec, self.factor)
-        wide = expand(self.factor, tuple(self.value.shape), spec.granularity)
-        return self.value * wide, params
+        # by what the stored scale grew: a scale of 8 bits moves in leaps that codes must follow
+        ratio = params.scale / torch.where(self.params.scale == 0, 1.0, self.params.scale)
+        shape = tuple(self.value.shape)
+        growth = expand(ratio - 1.0, shape, spec.granularity)
+        minimum = self.params.extra.get("minimum")  # where it is not 0 that stays in place
+        if minimum is None:
+            return self.value + self.value * growth, params
+        floor = expand(minimum, shape, spec.granularity)
+        return self.value + (self.value - floor) * growth, params
 
     def _rounded(self) -> Tensor:
         value, params = self._pair()
