@@ -51,7 +51,7 @@ def test_divergence_of_equal_logits_is_zero_and_pulls_nowhere() -> None:
     candidate = logits().requires_grad_()
     found = divergence(candidate, candidate.detach() + 7.0)
     (grad,) = torch.autograd.grad(found, candidate)
-    assert abs(float(found)) < 1e-6
+    assert abs(float(found.detach())) < 1e-6
     assert float(grad.abs().max()) < 1e-7
 
 
@@ -94,25 +94,12 @@ def target(name: str, *, transposed: bool = False, **overrides) -> ModelTarget:
     which = scheme(name).with_overrides(overrides)
     spec = which.weight
     made = torch.Generator().manual_seed(3)
-    original = torch.randn(64, WIDTH, generator=made) * torch.linspace(0.2, 2, 64)[:, None]
+    original = torch.randn(128, WIDTH, generator=made) * torch.linspace(0.2, 2, 128)[:, None]
     kind = data_type(spec.data_type)
     weight = kind.quantize(original, spec, kind.search(original, spec))
     ranged = {**weight.extra, "input_range": torch.tensor([-1.5, 2.0])}
     weight = dataclasses.replace(weight, extra=ranged)
     return ModelTarget("b.x", "b.x.weight", transposed, which, weight, original)
-
-
-def spacing(one: ModelTarget) -> torch.Tensor:
-    """Return the distance from each value to the nearest other value its code could stand for."""
-    weight = one.weight
-    values = torch.stack(
-        [
-            dataclasses.replace(weight, codes=torch.full_like(weight.codes, code)).dequantize()
-            for code in range(2**weight.spec.bits)
-        ]
-    )
-    gaps = (values - weight.dequantize()).abs()
-    return torch.where(gaps == 0, torch.inf, gaps).amin(0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,19 +127,17 @@ def test_latents_stand_between_code_and_original_a_margin_from_the_border(name) 
     shift, way = value - codes, one.original - codes
     assert bool((shift * way >= -1e-6).all())
     assert bool((shift.abs() <= way.abs() + 1e-6).all())
-    # two steps of a half: the largest shift is half a step less the margin
-    inside = shift.abs() <= (0.5 - MARGIN) * spacing(one) * 1.001 + 1e-6
-    assert float(inside.float().mean()) > (0.99 if name in ("W2A16", "W4A16") else 0.9)
-    moved = (codes + shift / (1 - 2 * MARGIN) * (1 - 1e-3)).contiguous()
     params = params_of(one.weight, kind=data_type(one.scheme.weight.data_type))
     kind = data_type(one.scheme.weight.data_type)
-    assert torch.equal(kind.fake_quant(moved, one.scheme.weight, params), codes)
+    # farther by half of the margin, every latent still rounds to its code
+    reached = codes + shift * (0.5 - MARGIN / 2) / (0.5 - MARGIN)
+    assert torch.equal(kind.fake_quant(reached, one.scheme.weight, params), codes)
 
 
 def moved_by(name: str, *, codes: float, scales: float, steps: int = 20, **what) -> Latent:
     latent = Latent.of(target(name), **what)
     made = torch.Generator().manual_seed(5)
-    grad = torch.randn(64, WIDTH, generator=made)
+    grad = torch.randn(128, WIDTH, generator=made)
     for step in range(steps):
         latent.step(grad, step, codes=codes, scales=scales)
     return latent
@@ -193,14 +178,23 @@ def test_what_the_model_computes_with_is_what_will_be_written(name) -> None:
 
 
 def test_one_may_hold_codes_or_scales() -> None:
-    held = moved_by("W4A16", codes=0.2, scales=0.1, codes_=False)
-    assert held is not None
+    held = Latent.of(target("W4A16"), codes=False)
+    free = Latent.of(target("W4A16"), scales=False)
+    grad = torch.randn(128, WIDTH, generator=torch.Generator().manual_seed(6))
+    for latent in (held, free):
+        for step in range(20):
+            latent.step(grad, step, codes=0.2, scales=0.01)
+    before = held.target.weight
+    assert torch.equal(held.quantize().codes, before.codes)
+    assert torch.equal(free.quantize().scale, before.scale)
+    assert not torch.equal(held.quantize().scale, before.scale)
+    assert not torch.equal(free.quantize().codes, before.codes)
 
 
 def test_steps_go_against_the_gradient_one_size_at_a_time() -> None:
     latent = Latent.of(target("W4A16"), scales=False)
     start = latent.value.clone()
-    latent.step(torch.ones(64, WIDTH), 0, codes=0.01, scales=0.0)
+    latent.step(torch.ones(128, WIDTH), 0, codes=0.01, scales=0.0)
     step = (start - latent.value) / latent.unit
     clamped = step == 0  # a code at its limit that the gradient cannot reach
     torch.testing.assert_close(step[~clamped], torch.full_like(step[~clamped], 0.01), rtol=1e-2, atol=1e-5)
@@ -211,7 +205,7 @@ def test_a_transposed_weight_is_stored_as_the_model_stores_it() -> None:
     plain, turned = Latent.of(target("W4A16")), Latent.of(target("W4A16", transposed=True))
     like = torch.empty(0, dtype=torch.bfloat16)
     assert torch.equal(turned.stored(like), plain.stored(like).t())
-    grad = torch.randn(64, WIDTH)
+    grad = torch.randn(128, WIDTH)
     plain.step(grad, 0, codes=0.1, scales=0.01)
     turned.step(grad.t().contiguous(), 0, codes=0.1, scales=0.01)
     assert equal(plain.quantize(), turned.quantize())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 from ar_cli.output import duration, size
 
 if TYPE_CHECKING:
-    from ar_tuner.events import BlockProgress, RunEvent, StageProgress
+    from ar_tuner.events import BlockProgress, RunEvent, StageDone, StageProgress
 
 
 class Progress:
@@ -20,7 +20,7 @@ class Progress:
         self._live = self._stream.isatty()
         self._shown = 0
         self._left: float | None = None
-        self._began = 0.0
+        self._mark = (0.0, 0)
 
     def __call__(self, event: RunEvent) -> None:
         """Take note of an event."""
@@ -33,7 +33,7 @@ class Progress:
             self._advance(event)
             return
         if isinstance(event, events.StageStarted):
-            self._began = time.perf_counter()
+            self._mark = (time.perf_counter(), 0)
         line = describe(event)
         if line is not None:
             self._clear()
@@ -52,10 +52,11 @@ class Progress:
     def _advance(self, event: StageProgress) -> None:
         now = time.perf_counter()
         pace = (now - self._mark[0]) / max(1, event.step - self._mark[1])
+        self._mark = (now, event.step)
         left = pace * (event.steps - event.step)
         self._show(
-            f"{event.name}  step {event.step}/{event.steps}  KL {event.loss:.3g}  "
-            f"about {duration(left)} left"
+            f"{event.name}  step {event.step}/{event.steps}  {_what(event)} {event.loss:.3g}"
+            f"  about {duration(left)} left"
         )
 
     def _show(self, text: str) -> None:
@@ -87,7 +88,7 @@ def describe(event: RunEvent) -> str | None:
     if isinstance(event, events.StageDone):
         loss = ""
         if event.loss_before is not None and event.loss_after is not None:
-            loss = f"  KL {event.loss_before:.3g} -> {event.loss_after:.3g}"
+            loss = f"  {_what(event)} {event.loss_before:.3g} -> {event.loss_after:.3g}"
         return f"{event.name}{loss}  {duration(event.seconds)}"
     if isinstance(event, events.BlockDone):
         loss = ""
@@ -99,3 +100,8 @@ def describe(event: RunEvent) -> str | None:
             f"peak {size(event.peak_bytes)}{left}"
         )
     return None
+
+
+def _what(event: StageProgress | StageDone) -> str:
+    """Return what a stage measures."""
+    return "KL" if event.name == "distill" else "loss"

@@ -31,6 +31,8 @@ MARGIN = 0.04
 COARSE = 7
 """Codes move up to this many bits; rounding wider ones better gains nothing."""
 _SHRINKS = 3
+_NEARLY = 0.9
+"""Share of the margin that is tried: the whole one would lie on the border itself."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,11 @@ def _behind(target: ModelTarget, params: Params, value: Tensor, unit: Tensor) ->
     kind = data_type(spec.data_type)
     reach = (0.5 - MARGIN) * unit
     shift = (target.original.float() - value).clamp(-reach, reach)
-    for _ in range(_SHRINKS):
-        wrong = kind.fake_quant(value + shift, spec, params) != value
+    room = _NEARLY * MARGIN * unit
+    for left in reversed(range(_SHRINKS + 1)):
+        # floats have a nearer neighbour on one side of a power of two
+        wrong = kind.fake_quant(value + shift + shift.sign() * room, spec, params) != value
         if not wrong.any():
-            return value + shift
-        shift = torch.where(wrong, shift * 0.5, shift)
-    wrong = kind.fake_quant(value + shift, spec, params) != value
-    return value + torch.where(wrong, torch.zeros_like(shift), shift)
+            break
+        shift = torch.where(wrong, shift * (0.5 if left else 0.0), shift)
+    return value + shift
