@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from ar_export import open_checkpoint, verify
 from ar_kernels import QuantLinear
-from ar_tuner import AutoRound, events, refine
+from ar_tuner import AutoRound, events, job, refine
 from ar_tuner.refine import norm_gains
-from ar_tuner.run import Run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,9 +32,9 @@ QUICK = {
 def distilled(tmp_path_factory, demo_model) -> tuple[torch.nn.Module, Path, list]:
     seen = []
     out = tmp_path_factory.mktemp("distilled") / "out"
-    job = AutoRound(demo_model, on_event=seen.append, **QUICK)
+    request = AutoRound(demo_model, on_event=seen.append, **QUICK)
     reports = []
-    model, path = job.quantize_and_save(
+    model, path = request.quantize_and_save(
         out, check=lambda path, of, tuned: reports.append(verify(path, expected=of, against=tuned))
     )
     assert reports[0].ok, reports[0].findings
@@ -70,7 +69,7 @@ def test_what_was_written_is_what_was_refined_norms_included(distilled, demo_mod
     source, opened = source_of(demo_model), AutoModelForCausalLM.from_pretrained(path)
     assert sum(isinstance(m, QuantLinear) for m in opened.modules()) == 28
     gains = norm_gains(model)
-    assert len(gains) == 9
+    assert len(gains) == 4 * 4 + 1
     for name in gains:
         assert torch.equal(opened.get_parameter(name), model.get_parameter(name)), name
     assert any(not torch.equal(model.get_parameter(n), source.get_parameter(n)) for n in gains)
@@ -84,33 +83,37 @@ class Stop(RuntimeError):
     pass
 
 
-def interrupted(demo_model: Path, out: Path, kind: type, step: int = 0) -> None:
-    def stop(event) -> None:
-        if isinstance(event, kind) and getattr(event, "step", 0) == step:
-            raise Stop
+def stop(*_) -> None:
+    raise Stop
 
-    job = AutoRound(demo_model, on_event=stop, **QUICK)
+
+def interrupted(demo_model: Path, out: Path, kind: type, step: int) -> None:
+    def listen(event) -> None:
+        if isinstance(event, kind) and getattr(event, "step", 0) == step:
+            stop()
+
+    request = AutoRound(demo_model, on_event=listen, **QUICK)
     with pytest.raises(Stop):
-        job.quantize_and_save(out)
+        request.quantize_and_save(out)
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("kind", "step", "steps"),
-    [(events.StageProgress, 4, [4, 5, 6]), (events.StageDone, 0, []), (events.RunFinished, 0, [])],
+    [(events.StageProgress, 4, [4, 5, 6]), (events.StageDone, 0, []), (events.Note, 0, [])],
     ids=["in-the-stage", "at-its-end", "after-it"],
 )
 def test_a_run_that_dies_goes_on_to_the_same_bytes(
     distilled, demo_model, tmp_path, monkeypatch, kind, step, steps
 ) -> None:
     monkeypatch.setattr(refine, "_PAUSE", 0.0)
-    if kind is events.RunFinished:  # everything but the written checkpoint is there
-        monkeypatch.setattr(Run, "finish", lambda self, output: None)
+    if kind is events.Note:  # the stage is kept, nothing is written yet
+        monkeypatch.setattr(job, "install_refined", stop)
     interrupted(demo_model, tmp_path / "out", kind, step)
     monkeypatch.undo()
     seen = []
-    job = AutoRound(demo_model, on_event=seen.append, resume=True, **QUICK)
-    job.quantize_and_save(tmp_path / "out")
+    again = AutoRound(demo_model, on_event=seen.append, resume=True, **QUICK)
+    again.quantize_and_save(tmp_path / "out")
     assert digests(tmp_path / "out") == digests(distilled[1])
     started = next(e for e in seen if isinstance(e, events.RunStarted))
     assert (started.resumed_blocks, started.blocks) == (4, 4)
@@ -122,8 +125,8 @@ def test_a_run_that_dies_goes_on_to_the_same_bytes(
 def test_one_run_gives_several_formats_the_same_refined_model(
     distilled, demo_model, tmp_path
 ) -> None:
-    job = AutoRound(demo_model, **QUICK)
-    job.quantize_and_save(tmp_path / "out", format="auto_round,fake")
+    request = AutoRound(demo_model, **QUICK)
+    request.quantize_and_save(tmp_path / "out", format="auto_round,fake")
     model, _, _ = distilled
     packed = open_checkpoint(tmp_path / "out" / "auto-round")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "fake")
@@ -139,8 +142,8 @@ def test_a_model_in_memory_is_written_as_refined(distilled, demo_model, tmp_path
     from ar_cli.opening import open_tokenizer
 
     given = source_of(demo_model)
-    job = AutoRound(given, open_tokenizer(demo_model), **QUICK)
-    model, path = job.quantize_and_save(tmp_path / "out")
+    request = AutoRound(given, open_tokenizer(demo_model), **QUICK)
+    model, path = request.quantize_and_save(tmp_path / "out")
     opened, wanted = AutoModelForCausalLM.from_pretrained(path), distilled[0]
     for name in norm_gains(model):
         assert torch.equal(opened.get_parameter(name), wanted.get_parameter(name)), name

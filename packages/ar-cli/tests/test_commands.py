@@ -212,3 +212,35 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch) -> None:
 def test_the_status_of_a_command_is_that_of_the_program(tmp_path) -> None:
     assert run_main(["verify", str(tmp_path)]) == 1
     assert run_main(["schemes"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [
+        ([], {}),
+        (["--distill"], {"distill": True}),
+        (["--no-distill"], {"distill": False}),
+        (
+            ["--algorithm", "signround", "--stage", "mine"],
+            {"algorithm": "signround", "stage": "mine"},
+        ),
+    ],
+)
+def test_algorithm_and_stage_reach_the_job(monkeypatch, tmp_path, typed, given) -> None:
+    seen = {}
+
+    class Job:
+        def __init__(self, model, **options) -> None:
+            seen.update(options)
+            raise SchemeError("enough")
+
+    monkeypatch.setattr("ar_tuner.AutoRound", Job)
+    CliRunner().invoke(cli, ["quantize", "model", "-o", str(tmp_path / "out"), *typed])
+    names = ("algorithm", "distill", "stage")
+    assert {k: v for k, v in seen.items() if k in names} == given
+
+
+def test_an_unknown_algorithm_is_refused_with_those_there_are(tmp_path) -> None:
+    model = Path(ar_cli.__file__).parent / "demo" / "model"
+    done = invoke("quantize", model, "-o", tmp_path / "out", "--algorithm", "nosuch")
+    assert done.exit_code != 0

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ar_kernels import equal
-from ar_tuner import AutoRound, TunerError, events, refine
+from ar_tuner import AutoRound, TunerError, events, job, refine
 from ar_tuner.distill import Distill, stage
 from ar_tuner.refine import Rows, norm_gains, share_out, wanted_rows
-from ar_tuner.stages import ModelTask, StageSettings
+from ar_tuner.stages import ModelResult, ModelTask, StageSettings
 
 QUICK = {
     "iters": 12,
@@ -55,8 +55,9 @@ def lively(made):
 def run(made, rows, **options):
     """Return (model, events) of a quantization in memory."""
     seen = []
-    job = AutoRound(lively(made), dataset=rows, on_event=seen.append, **{**QUICK, **options})
-    job.quantize()
+    AutoRound(
+        lively(made), dataset=rows, on_event=seen.append, **{**QUICK, **options}
+    ).quantize()
     return made, seen
 
 
@@ -294,3 +295,41 @@ def test_what_cannot_follow_is_refused_before_work(model, options, message) -> N
 
 def test_a_stage_may_be_switched_off_where_there_is_none(model) -> None:
     AutoRound(model(), recipe="rtn", distill=False, algorithm="rtn")
+
+
+def test_a_stage_of_others_may_return_as_little_as_it_likes(model, many, monkeypatch) -> None:
+    class Halve:
+        name = "halve"
+
+        def refine(self, task: ModelTask) -> ModelResult:
+            return ModelResult(tensors={"model.norm.weight": task.gains["model.norm.weight"] / 2})
+
+    alone, _ = run(model(), many, distill=False, algorithm="rtn")
+    monkeypatch.setattr(job, "stage", lambda name: Halve())
+    made, seen = run(model(), many, algorithm="rtn")
+    before, after = alone.state_dict(), made.state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {"model.norm.weight"}
+    assert torch.equal(after["model.norm.weight"], before["model.norm.weight"] / 2)
+    done = next(e for e in seen if isinstance(e, events.StageDone))
+    assert (done.name, done.loss_before, done.loss_after) == ("halve", None, None)
+
+
+def test_gains_without_a_name_in_the_files_stay(model, many, tasks, monkeypatch) -> None:
+    names = job._source_names
+
+    def fewer(request, prepared):
+        return {k: v for k, v in names(request, prepared).items() if k != "model.norm.weight"}
+
+    monkeypatch.setattr(job, "_source_names", fewer)
+    run(model(), many)
+    assert len(tasks[0].gains) == 4
+    assert "model.norm.weight" not in tasks[0].gains
+
+
+def test_a_model_that_text_cannot_go_through_as_a_whole_is_not_refined(
+    model, many, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        "ar_tuner.adapters.GenericAdapter.entry", lambda self, whole: whole.model
+    )
+    assert "cannot be run on text" in left_out(run(model(), many)[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,10 @@ from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks, wants
 from ar_tuner.progress import Eta, peak_bytes
 from ar_tuner.refine import Refinement, copy_floats, install_refined, norm_gains, refine, refusal
 from ar_tuner.registry import open_sink, stage
+from ar_tuner.requests import run_settings, sink_request
 from ar_tuner.rows import none_left
 from ar_tuner.run import Run, fingerprint
-from ar_tuner.sink import SinkRequest, Sinks, folders
+from ar_tuner.sink import Sinks, folders
 from ar_tuner.stages import ModelResult
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def quantize_to_directory(
     run_dir = Path(request.settings.run_dir or output.with_name(f"{output.name}.run"))
     try:
         rows = _rows(request, prepared)
-        settings = _run_settings(request, ",".join(formats))
+        settings = run_settings(request, ",".join(formats))
         run = Run.open(
             run_dir,
             settings,
@@ -125,7 +125,7 @@ def _open_sinks(
     opened: list[Any] = []
     try:
         for name, folder in folders(output, formats).items():
-            opened.append(open_sink(_sink_request(request, plan, folder, name, prepared)))
+            opened.append(open_sink(sink_request(request, plan, folder, name, prepared)))
     except BaseException:
         Sinks(opened).abort()
         raise
@@ -398,57 +398,3 @@ def _untouched(
     for key, tensor in prepared.model.state_dict().items():
         if key not in written and key not in tied:
             yield key, tensor.detach().cpu()
-
-
-def _run_settings(request: AutoRound, format: str) -> dict[str, Any]:  # noqa: A002
-    plain = dataclasses.asdict(request.settings)
-    for name in ("run_dir", "resume", "overwrite", "allow_download"):
-        plain.pop(name)
-    plain |= {"scheme": request.scheme.name, "format": format}
-    return json.loads(json.dumps(plain, default=str))
-
-
-def _sink_request(
-    request: AutoRound,
-    plan: LayerPlan,
-    output: Path,
-    format: str,  # noqa: A002
-    prepared: Prepared | None,
-) -> SinkRequest:
-    config: dict[str, Any] = {}
-    if request.source is not None:
-        config = json.loads((request.source / "config.json").read_text(encoding="utf-8"))
-    elif request.given is not None:
-        described: Any = request.given.config
-        config = json.loads(json.dumps(described.to_dict(), default=str))
-        config["architectures"] = [type(request.given).__name__]
-    return SinkRequest(
-        format=format,
-        output=output,
-        source=request.source,
-        config=config,
-        plan=plan,
-        blocks=_block_lists(plan),
-        facts=request.settings.facts(),
-        max_shard_bytes=request.settings.shard_bytes,
-        side=None if request.source is not None or prepared is None else _side(prepared),
-        overwrite=request.settings.overwrite,
-    )
-
-
-def _block_lists(plan: LayerPlan) -> tuple[str, ...]:
-    # layers that are not in the model have blocks of their own, which are no block lists
-    quantized = {r.layer.block for r in plan.quantized}
-    blocks = (b for r in plan.rows if (b := r.layer.block) is not None and b in quantized)
-    return tuple(dict.fromkeys(b.rpartition(".")[0] for b in blocks))
-
-
-def _side(prepared: Prepared) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        if prepared.tokenizer is not None and hasattr(prepared.tokenizer, "save_pretrained"):
-            prepared.tokenizer.save_pretrained(folder)
-        generation = getattr(prepared.model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
-
-    return write
