@@ -179,5 +179,7 @@ def test_a_quantized_embedding_is_float_again_in_the_reference(
     (found, wanted), (quantized, _) = seen
     assert torch.equal(found, wanted)
     assert not torch.equal(quantized, wanted)
-    assert not torch.equal(model.get_input_embeddings().weight, source_of(demo_model).lm_head.weight)
+    assert not torch.equal(
+        model.get_input_embeddings().weight, source_of(demo_model).lm_head.weight
+    )
     assert reports[0].ok, reports[0].findings

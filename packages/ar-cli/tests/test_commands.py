@@ -13,6 +13,7 @@ import ar_cli
 from ar_cli.demo import run as demo
 from ar_cli.main import cli
 from ar_cli.main import run as run_main
+from ar_schemes import ArError
 
 DEMO = Path(ar_cli.__file__).parent / "demo" / "model"
 
@@ -232,15 +233,18 @@ def test_algorithm_and_stage_reach_the_job(monkeypatch, tmp_path, typed, given) 
     class Job:
         def __init__(self, model, **options) -> None:
             seen.update(options)
-            raise SchemeError("enough")
+            raise ArError("enough")
 
     monkeypatch.setattr("ar_tuner.AutoRound", Job)
-    CliRunner().invoke(cli, ["quantize", "model", "-o", str(tmp_path / "out"), *typed])
+    ar("quantize", "model", "-o", tmp_path / "out", *typed)
     names = ("algorithm", "distill", "stage")
     assert {k: v for k, v in seen.items() if k in names} == given
 
 
-def test_an_unknown_algorithm_is_refused_with_those_there_are(tmp_path) -> None:
-    model = Path(ar_cli.__file__).parent / "demo" / "model"
-    done = invoke("quantize", model, "-o", tmp_path / "out", "--algorithm", "nosuch")
-    assert done.exit_code != 0
+def test_an_unknown_algorithm_is_refused_with_those_there_are(tmp_path, capsys) -> None:
+    given = ["--algorithm", "nosuch", "-o", str(tmp_path / "out")]
+    assert run_main(["quantize", str(DEMO), *given]) == 2
+    said = capsys.readouterr().err
+    assert "unknown algorithm 'nosuch'" in said
+    assert "signround" in said
+    assert list(tmp_path.iterdir()) == []

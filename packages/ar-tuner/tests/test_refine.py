@@ -55,9 +55,7 @@ def lively(made):
 def run(made, rows, **options):
     """Return (model, events) of a quantization in memory."""
     seen = []
-    AutoRound(
-        lively(made), dataset=rows, on_event=seen.append, **{**QUICK, **options}
-    ).quantize()
+    AutoRound(lively(made), dataset=rows, on_event=seen.append, **{**QUICK, **options}).quantize()
     return made, seen
 
 
@@ -76,7 +74,9 @@ def test_held_out_rows_gain(model, many, tasks, kind) -> None:
     assert {p.transposed for p in tasks[0].targets} == {kind == "gpt2"}
     gains = norm_gains(made)
     assert gains
-    moved = [n for n in gains if not torch.equal(made.get_parameter(n), model(kind).get_parameter(n))]
+    moved = [
+        n for n in gains if not torch.equal(made.get_parameter(n), model(kind).get_parameter(n))
+    ]
     assert moved == list(gains)
 
 
@@ -212,8 +212,10 @@ def test_no_document_is_on_both_sides() -> None:
     documents = [(i, i + 1) if i % 3 else (i,) for i in range(60)]
     rows = torch.arange(60)[:, None].expand(60, 4)
     found = share_out(rows, documents, 10, NUMBERS)
-    sides = [{d for r in side[:, 0].tolist() for d in documents[r]} for side in
-             (torch.cat([found.walk, found.stage]), found.held_out)]
+    sides = [
+        {d for r in side[:, 0].tolist() for d in documents[r]}
+        for side in (torch.cat([found.walk, found.stage]), found.held_out)
+    ]
     assert sides[0].isdisjoint(sides[1])
     assert len(found.walk) == 10
     assert len(found.held_out) >= 1
@@ -329,7 +331,5 @@ def test_gains_without_a_name_in_the_files_stay(model, many, tasks, monkeypatch)
 def test_a_model_that_text_cannot_go_through_as_a_whole_is_not_refined(
     model, many, monkeypatch
 ) -> None:
-    monkeypatch.setattr(
-        "ar_tuner.adapters.GenericAdapter.entry", lambda self, whole: whole.model
-    )
+    monkeypatch.setattr("ar_tuner.adapters.GenericAdapter.entry", lambda self, whole: whole.model)
     assert "cannot be run on text" in left_out(run(model(), many)[1])
