@@ -99,6 +99,7 @@ def test_hook_ar_choose_backend(report) -> None:
 
 def test_hook_ar_register_algorithms(report) -> None:
     assert report["ar_register_algorithms"] == "every_algorithm"
+    assert report["stage"] == ["every_stage", "every_stage"]
 
 
 def test_hook_ar_register_datasets(report) -> None:

@@ -65,11 +65,18 @@ def ar_choose_backend(need, usable):
 @tuner_impl
 def ar_register_algorithms():
     from ar_tuner.algorithms.rtn import Rtn
+    from ar_tuner.stages import ModelResult
 
     class EveryAlgorithm(Rtn):
         name = "every_algorithm"
 
-    return [EveryAlgorithm()]
+    class EveryStage:
+        name = "every_stage"
+
+        def refine(self, task):
+            return ModelResult()
+
+    return [EveryAlgorithm(), EveryStage()]
 
 
 @tuner_impl
@@ -144,6 +151,7 @@ def report() -> dict[str, object]:
     from ar_tuner.calibration import Query, parse_sets
     from ar_tuner.calibration.sources import open_set
     from ar_tuner.events import Note
+    from ar_tuner.settings import Settings
 
     spec = schemes()["EVERY4"].weight
     need = Need(spec, rows=64, columns=128, device="cpu", dtype=torch.float32)
@@ -155,6 +163,7 @@ def report() -> dict[str, object]:
         "ar_register_backends": kernels.backend("every_backend").name,
         "ar_choose_backend": choose(need).backend.name,
         "ar_register_algorithms": tuner.algorithm("every_algorithm").name,
+        "stage": [tuner.stage("every_stage").name, Settings(stage="every_stage").chosen.stage],
         "ar_register_datasets": [
             *open_set(*parse_sets("every_texts"), tuner.datasets(), Query(("train",)))
         ],

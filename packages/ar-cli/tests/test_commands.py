@@ -13,6 +13,7 @@ import ar_cli
 from ar_cli.demo import run as demo
 from ar_cli.main import cli
 from ar_cli.main import run as run_main
+from ar_schemes import ArError
 
 DEMO = Path(ar_cli.__file__).parent / "demo" / "model"
 
@@ -213,3 +214,38 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch) -> None:
 def test_the_status_of_a_command_is_that_of_the_program(tmp_path) -> None:
     assert run_main(["verify", str(tmp_path)]) == 1
     assert run_main(["schemes"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [
+        ([], {}),
+        (["--distill"], {"distill": True}),
+        (["--no-distill"], {"distill": False}),
+        (
+            ["--algorithm", "signround", "--stage", "mine"],
+            {"algorithm": "signround", "stage": "mine"},
+        ),
+    ],
+)
+def test_algorithm_and_stage_reach_the_job(monkeypatch, tmp_path, typed, given) -> None:
+    seen = {}
+
+    class Job:
+        def __init__(self, model, **options) -> None:
+            seen.update(options)
+            raise ArError("enough")
+
+    monkeypatch.setattr("ar_tuner.AutoRound", Job)
+    ar("quantize", "model", "-o", tmp_path / "out", *typed)
+    names = ("algorithm", "distill", "stage")
+    assert {k: v for k, v in seen.items() if k in names} == given
+
+
+def test_an_unknown_algorithm_is_refused_with_those_there_are(tmp_path, capsys) -> None:
+    given = ["--algorithm", "nosuch", "-o", str(tmp_path / "out")]
+    assert run_main(["quantize", str(DEMO), *given]) == 2
+    said = capsys.readouterr().err
+    assert "unknown algorithm 'nosuch'" in said
+    assert "signround" in said
+    assert list(tmp_path.iterdir()) == []

@@ -30,6 +30,25 @@ def test_elsewhere_every_block_is_one_line() -> None:
     ]
 
 
+def test_a_stage_shows_the_time_left_on_a_terminal_and_one_line_elsewhere(monkeypatch) -> None:
+    clock = iter([100.0, 109.0, 129.0])
+    monkeypatch.setattr("ar_cli.progress.time.perf_counter", lambda: next(clock))
+    terminal, file = Terminal(), io.StringIO()
+    steps = [events.StageProgress("distill", step, 200, 0.0125) for step in (20, 40)]
+    done = events.StageDone("distill", 0.0103, 0.0081, 12.0)
+    listen = Progress(terminal)
+    for event in (events.StageStarted("distill", 200), *steps, done):
+        listen(event)
+    text = terminal.getvalue()
+    assert "distill  step 20/200  KL 0.0125  about 81 s left" in text
+    assert "distill  step 40/200  KL 0.0125  about 3 min left" in text
+    monkeypatch.undo()
+    listen = Progress(file)
+    for event in (events.StageStarted("distill", 200), *steps, done):
+        listen(event)
+    assert file.getvalue() == "distill  KL 0.0103 -> 0.0081  12 s\n"
+
+
 def test_on_a_terminal_steps_show_the_time_left_and_are_wiped() -> None:
     stream = Terminal()
     listen = Progress(stream)
@@ -47,6 +66,9 @@ def test_on_a_terminal_steps_show_the_time_left_and_are_wiped() -> None:
         (events.Note("info", "look"), "look"),
         (events.CalibrationReady(8, 512, 0.1), "calibration: 8 rows, 512 tokens"),
         (events.BlockStarted(0, 4, "b"), None),
+        (events.StageStarted("distill", 4), None),
+        (events.StageDone("distill", None, None, 0.5), "distill  0.5 s"),
+        (events.StageDone("other", 2.0, 1.0, 0.5), "other  loss 2 -> 1  0.5 s"),
         (events.RunStarted("", 1, 2, {}, 0), "2 layers in 1 blocks"),
         (
             events.BlockDone(0, 1, "b", None, None, 0.5, 10**9, 0.0),

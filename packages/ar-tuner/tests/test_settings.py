@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -20,22 +21,35 @@ QUICK = {"iters": 4, "nsamples": 8, "seqlen": 32, "batch_size": 4, "group_size":
 def test_recipes_have_the_numbers_of_auto_round() -> None:
     def row(name: str) -> tuple[object, ...]:
         r = RECIPES[name]
-        return r.iters, r.nsamples, r.seqlen, r.batch_size, r.lr, r.algorithm
+        return r.iters, r.nsamples, r.seqlen, r.batch_size, r.lr, r.algorithm, r.stage
 
     assert {name: row(name) for name in RECIPES} == {
-        "best": (1000, 512, 2048, 8, None, "signround"),
-        "default": (200, 128, 2048, 8, None, "signround"),
-        "light": (50, 128, 2048, 8, 5e-3, "signround"),
-        "rtn": (0, 1, 2048, 8, None, "rtn"),
-        "opt_rtn": (0, 128, 2048, 8, None, "opt_rtn"),
+        "best": (1000, 512, 2048, 8, None, "second_order", "distill"),
+        "default": (200, 128, 2048, 8, None, "second_order", "distill"),
+        "light": (50, 128, 2048, 8, 5e-3, "second_order", "distill"),
+        "fast": (4, 128, 2048, 8, None, "second_order", None),
+        "rtn": (0, 1, 2048, 8, None, "rtn", "distill"),
+        "opt_rtn": (0, 128, 2048, 8, None, "opt_rtn", "distill"),
     }
-    assert Settings(recipe="opt-rtn").chosen == RECIPES["opt_rtn"]
+    assert Settings(recipe="opt-rtn").chosen == dataclasses.replace(RECIPES["opt_rtn"], stage=None)
+
+
+def test_settings_say_what_follows_the_blocks() -> None:
+    assert Settings().chosen.stage == "distill"
+    assert Settings(distill=False).chosen.stage is None
+    assert Settings(stage="mine").chosen.stage == "mine"
+    assert Settings(recipe="fast", distill=True).chosen.stage == "distill"
+    assert Settings(algorithm="signround").chosen.stage is None
+    assert Settings(momentum=0.5).chosen.stage is None
+    assert Settings(momentum=0.5).chosen.algorithm == "signround"
+    assert Settings(momentum=0.5, distill=True).chosen.stage == "distill"
+    assert Settings(iters=0).chosen.stage is None
 
 
 def test_without_steps_scales_are_searched_unless_that_is_switched_off() -> None:
     assert Settings(iters=0).chosen.algorithm == "opt_rtn"
     assert Settings(iters=0, disable_opt_rtn=True).chosen.algorithm == "rtn"
-    assert Settings(disable_opt_rtn=True).chosen.algorithm == "signround"
+    assert Settings(disable_opt_rtn=True).chosen.algorithm == "second_order"
 
 
 def test_the_default_loop_is_that_of_the_default_settings() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING, TextIO
 
 from ar_cli.output import duration, size
 
 if TYPE_CHECKING:
-    from ar_tuner.events import BlockProgress, RunEvent
+    from ar_tuner.events import BlockProgress, RunEvent, StageDone, StageProgress
 
 
 class Progress:
@@ -19,6 +20,7 @@ class Progress:
         self._live = self._stream.isatty()
         self._shown = 0
         self._left: float | None = None
+        self._mark = (0.0, 0)
 
     def __call__(self, event: RunEvent) -> None:
         """Take note of an event."""
@@ -27,6 +29,11 @@ class Progress:
         if isinstance(event, events.BlockProgress):
             self._step(event)
             return
+        if isinstance(event, events.StageProgress):
+            self._advance(event)
+            return
+        if isinstance(event, events.StageStarted):
+            self._mark = (time.perf_counter(), 0)
         line = describe(event)
         if line is not None:
             self._clear()
@@ -36,13 +43,25 @@ class Progress:
             self._left = event.eta_seconds
 
     def _step(self, event: BlockProgress) -> None:
-        if not self._live:
-            return
         left = "" if self._left is None else f"  about {duration(self._left)} left"
-        text = (
+        self._show(
             f"block {event.index + 1}/{event.total}  step {event.step}/{event.steps}  "
             f"loss {event.loss:.3g}{left}"
         )
+
+    def _advance(self, event: StageProgress) -> None:
+        now = time.perf_counter()
+        pace = (now - self._mark[0]) / max(1, event.step - self._mark[1])
+        self._mark = (now, event.step)
+        left = pace * (event.steps - event.step)
+        self._show(
+            f"{event.name}  step {event.step}/{event.steps}  {_what(event)} {event.loss:.3g}"
+            f"  about {duration(left)} left"
+        )
+
+    def _show(self, text: str) -> None:
+        if not self._live:
+            return
         self._clear()
         self._stream.write(text)
         self._stream.flush()
@@ -66,6 +85,11 @@ def describe(event: RunEvent) -> str | None:
         resumed = f", {event.resumed_blocks} already done" if event.resumed_blocks else ""
         where = f"; log and finished blocks in {event.run_dir}" if event.run_dir else ""
         return f"{event.layers} layers in {event.blocks} blocks{resumed}{where}"
+    if isinstance(event, events.StageDone):
+        loss = ""
+        if event.loss_before is not None and event.loss_after is not None:
+            loss = f"  {_what(event)} {event.loss_before:.3g} -> {event.loss_after:.3g}"
+        return f"{event.name}{loss}  {duration(event.seconds)}"
     if isinstance(event, events.BlockDone):
         loss = ""
         if event.loss_before is not None and event.loss_after is not None:
@@ -76,3 +100,8 @@ def describe(event: RunEvent) -> str | None:
             f"peak {size(event.peak_bytes)}{left}"
         )
     return None
+
+
+def _what(event: StageProgress | StageDone) -> str:
+    """Return what a stage measures."""
+    return "KL" if event.name == "distill" else "loss"

@@ -16,7 +16,7 @@ from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers
 from ar_tuner.refine import Rows, share_out, wanted_rows
-from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format
+from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format, stage
 from ar_tuner.settings import make_settings
 from ar_tuner.sink import parse_formats
 
@@ -73,6 +73,7 @@ class AutoRound:
         **options: Any,
     ) -> None:
         self.settings: Settings = make_settings(options)
+        self._check_names()
         self._asked = scheme
         self._formats: tuple[str, ...] = ()
         self.scheme = self._scheme()
@@ -203,7 +204,8 @@ class AutoRound:
             return Rows(rows)
         shared = share_out(rows, report.documents, recipe.nsamples, numbers)
         if shared is None:
-            text = f"distill is left out: {len(rows)} calibration rows are too few to hold any out"
+            few = f"{len(rows)} calibration rows are too few to hold any out"
+            text = f"{recipe.stage} is left out: {few}"
             self.emit(events.Note("warning", text))
         return Rows(rows[: recipe.nsamples]) if shared is None else shared
 
@@ -244,6 +246,12 @@ class AutoRound:
         config = json.loads(json.dumps(described.to_dict(), default=str))
         config.setdefault("architectures", [type(model).__name__])
         return config
+
+    def _check_names(self) -> None:
+        recipe = self.settings.chosen
+        algorithm(recipe.algorithm)
+        if recipe.stage is not None:
+            stage(recipe.stage)
 
     def _check_dataset(self) -> None:
         from ar_tuner.calibration import check_dataset

@@ -31,9 +31,11 @@ _SWITCHES = (
     *("quant_lm_head", "enable_quanted_input", "enable_minmax_tuning", "not_use_best_mse"),
     *("enable_alg_ext", "enable_adam", "enable_deterministic_algorithms"),
 )
+_OPEN = ("disable_opt_rtn", "distill")
+"""Switches that may be left to the recipe."""
 _LOOP_ONLY = (
     *("enable_alg_ext", "optimizer", "enable_adam", "momentum", "lr_scheduler", "nblocks"),
-    *("gradient_accumulate_steps", "validation_rows", "dynamic_max_gap"),
+    *("gradient_accumulate_steps", "validation_rows", "dynamic_max_gap", "stage"),
 )
 _COUNTS = {"gradient_accumulate_steps": 1, "nblocks": 1, "validation_rows": 0}
 
@@ -60,9 +62,9 @@ def check_tuning(settings: Settings) -> None:
         value = getattr(settings, name)
         if value not in allowed:
             raise TunerError(unknown_name(name, str(value), allowed))
-    for name in (*_SWITCHES, "disable_opt_rtn"):
+    for name in (*_SWITCHES, *_OPEN):
         value = getattr(settings, name)
-        if not isinstance(value, bool) and not (name == "disable_opt_rtn" and value is None):
+        if not isinstance(value, bool) and not (name in _OPEN and value is None):
             msg = f"{name} {value!r} is not allowed: use True or False"
             raise TunerError(msg)
     for name, least in _COUNTS.items():
@@ -139,6 +141,11 @@ def _check_together(settings: Settings) -> None:
             settings.recipe == "rtn" and settings.disable_opt_rtn is False,
             "recipe 'rtn' rounds with plain scales: for searched ones choose recipe 'opt_rtn'",
         ),
+        (
+            settings.distill is not None and settings.stage is not None,
+            f"distill {settings.distill} and stage {settings.stage!r} both say what follows the "
+            "blocks: leave one out",
+        ),
     )
     for wrong, msg in contradictions:
         if wrong:
@@ -150,7 +157,9 @@ def _check_together(settings: Settings) -> None:
 def _check_idle(settings: Settings) -> None:
     """Refuse settings of the loop where there are no steps."""
     usual = {f.name: f.default for f in dataclasses.fields(settings)}
-    for name in _LOOP_ONLY:
+    names = [*_LOOP_ONLY, *(["distill"] if settings.distill else [])]
+    names += [] if settings.algorithm == settings.chosen.algorithm else ["algorithm"]
+    for name in names:
         value = getattr(settings, name)
         if value != usual[name]:
             msg = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +17,18 @@ from ar_tuner.logits import tail_of
 from ar_tuner.names import map_names, source_files, source_tensors
 from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks, wants_float_inputs
 from ar_tuner.progress import Eta, peak_bytes
-from ar_tuner.refine import Refinement, copy_floats, install_refined, refine, refusal
+from ar_tuner.refine import Refinement, copy_floats, install_refined, norm_gains, refine, refusal
 from ar_tuner.registry import open_sink, stage
+from ar_tuner.requests import run_settings, sink_request
 from ar_tuner.rows import none_left
 from ar_tuner.run import Run, fingerprint
-from ar_tuner.sink import SinkRequest, Sinks, folders
+from ar_tuner.sink import Sinks, folders
 from ar_tuner.stages import ModelResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import torch
     from torch import Tensor, nn
 
     from ar_kernels import QuantizedWeight
@@ -76,7 +77,7 @@ def quantize_to_directory(
     run_dir = Path(request.settings.run_dir or output.with_name(f"{output.name}.run"))
     try:
         rows = _rows(request, prepared)
-        settings = _run_settings(request, ",".join(formats))
+        settings = run_settings(request, ",".join(formats))
         run = Run.open(
             run_dir,
             settings,
@@ -90,7 +91,8 @@ def quantize_to_directory(
             resume=request.settings.resume,
         )
         with run:
-            job = _job(request, prepared, finished=_loader(run), rows=rows)
+            home = _device(prepared.model)
+            job = _job(request, prepared, finished=_loader(run, home), rows=rows)
             outside = dict(_outside(prepared, job))
             with deterministic(enabled=request.settings.enable_deterministic_algorithms):
                 refinement = _refinement(request, prepared, job, rows, outside)
@@ -123,7 +125,7 @@ def _open_sinks(
     opened: list[Any] = []
     try:
         for name, folder in folders(output, formats).items():
-            opened.append(open_sink(_sink_request(request, plan, folder, name, prepared)))
+            opened.append(open_sink(sink_request(request, plan, folder, name, prepared)))
     except BaseException:
         Sinks(opened).abort()
         raise
@@ -148,7 +150,7 @@ def _write(  # noqa: PLR0913
         written.add(key)
 
     for index, name, result in _narrated(
-        request, job, resumed=len(run.finished), run_dir=str(run.directory), run=run
+        request, job, resumed=_done(job, run), run_dir=str(run.directory), run=run
     ):
         if index not in run.finished:
             run.save_block(index, name, result.weights, result.facts())
@@ -169,8 +171,14 @@ def _write(  # noqa: PLR0913
         sink.put_tensor(key, tensor)
 
 
+def _done(job: Job, run: Run) -> int:
+    """Return how many blocks an earlier run has finished; a stage is none."""
+    return sum(1 for index in run.finished if index < len(job.blocks))
+
+
 def _rows(request: AutoRound, prepared: Prepared) -> Rows | None:
-    if not needs_inputs(request.algorithm(), prepared.plan):
+    staged = request.settings.chosen.stage is not None
+    if not staged and not needs_inputs(request.algorithm(), prepared.plan):
         return None
     return request.calibration_rows(prepared.tokenizer, prepared.model)
 
@@ -187,13 +195,14 @@ def _refinement(
     if why is not None:
         request.emit(events.Note("warning", f"{name} is left out: {why}"))
         return None
-    home = _device(prepared.model)
+    home, names = _device(prepared.model), _source_names(request, prepared)
     return Refinement(
         stage=stage(name),
         settings=request.settings.chosen.stage_settings(request.settings.seed),
         rows=rows.stage.to(home),
         held_out=rows.held_out.to(home),
         floats=copy_floats(job, modules),
+        gains=tuple(n for n in norm_gains(prepared.model) if n in names),
     )
 
 
@@ -310,11 +319,12 @@ def _device(model: nn.Module) -> Any:
     return next(model.parameters()).device
 
 
-def _loader(run: Run) -> Callable[[int], BlockResult | None]:
+def _loader(run: Run, home: torch.device) -> Callable[[int], BlockResult | None]:
     def load(index: int) -> BlockResult | None:
         if index not in run.finished:
             return None
-        return BlockResult.restored(*run.load_block(index))
+        weights, facts = run.load_block(index)
+        return BlockResult.restored({k: w.to(home) for k, w in weights.items()}, facts)
 
     return load
 
@@ -328,13 +338,14 @@ def _weight_finder(
         for model, source in _source_names(request, prepared).items()
     }
     index_of = {b.name: i for i, b in enumerate(job.blocks)}
+    refined = run.load_block(len(job.blocks))[0] if len(job.blocks) in run.finished else {}
 
     def find(layer: str) -> QuantizedWeight:
         layer = names.get(layer, layer)
         if layer in outside:
             return outside[layer]
-        if len(job.blocks) in run.finished:
-            return run.load_block(len(job.blocks))[0][layer]
+        if layer in refined:
+            return refined[layer]
         block = prepared.plan[layer].layer.block
         return run.load_block(index_of[layer if block is None else block])[0][layer]
 
@@ -387,57 +398,3 @@ def _untouched(
     for key, tensor in prepared.model.state_dict().items():
         if key not in written and key not in tied:
             yield key, tensor.detach().cpu()
-
-
-def _run_settings(request: AutoRound, format: str) -> dict[str, Any]:  # noqa: A002
-    plain = dataclasses.asdict(request.settings)
-    for name in ("run_dir", "resume", "overwrite", "allow_download"):
-        plain.pop(name)
-    plain |= {"scheme": request.scheme.name, "format": format}
-    return json.loads(json.dumps(plain, default=str))
-
-
-def _sink_request(
-    request: AutoRound,
-    plan: LayerPlan,
-    output: Path,
-    format: str,  # noqa: A002
-    prepared: Prepared | None,
-) -> SinkRequest:
-    config: dict[str, Any] = {}
-    if request.source is not None:
-        config = json.loads((request.source / "config.json").read_text(encoding="utf-8"))
-    elif request.given is not None:
-        described: Any = request.given.config
-        config = json.loads(json.dumps(described.to_dict(), default=str))
-        config["architectures"] = [type(request.given).__name__]
-    return SinkRequest(
-        format=format,
-        output=output,
-        source=request.source,
-        config=config,
-        plan=plan,
-        blocks=_block_lists(plan),
-        facts=request.settings.facts(),
-        max_shard_bytes=request.settings.shard_bytes,
-        side=None if request.source is not None or prepared is None else _side(prepared),
-        overwrite=request.settings.overwrite,
-    )
-
-
-def _block_lists(plan: LayerPlan) -> tuple[str, ...]:
-    # layers that are not in the model have blocks of their own, which are no block lists
-    quantized = {r.layer.block for r in plan.quantized}
-    blocks = (b for r in plan.rows if (b := r.layer.block) is not None and b in quantized)
-    return tuple(dict.fromkeys(b.rpartition(".")[0] for b in blocks))
-
-
-def _side(prepared: Prepared) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        if prepared.tokenizer is not None and hasattr(prepared.tokenizer, "save_pretrained"):
-            prepared.tokenizer.save_pretrained(folder)
-        generation = getattr(prepared.model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
-
-    return write

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from ar_tuner.activations import quantized_activations, static_ranges
 from ar_tuner.algorithms.base import as_parameter
 from ar_tuner.blocks import NON_TEXT, Block
 from ar_tuner.calibration.split import split_rows
+from ar_tuner.errors import TunerError
 from ar_tuner.stages import ModelResult, ModelTarget, ModelTask, StageSettings
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ def share_out(
 ) -> Rows | None:
     """Return the rows by use, or None where there are too few to hold any out.
 
+    No document is on two sides, unless one is in every row.
+
     Args:
         rows: token ids [N, T].
         documents: for every row, the numbers of the documents in it.
@@ -80,7 +84,11 @@ def share_out(
     if count < 1 / _SHARE:
         return None
     share = min(HELD_OUT / count, _SHARE)
-    train, held = split_rows(documents, share, settings.seed)
+    try:
+        train, held = split_rows(documents, share, settings.seed)
+    except TunerError:  # one document in every row: its end, and nothing of the row before that
+        first = count - max(1, round(share * count))
+        train, held = list(range(first - 1)), list(range(first, count))
     walk, rest = train[:nsamples], train[nsamples:]
     enough = len(rest) * 2 >= settings.steps * settings.batch_size
     return Rows(rows[walk], rows[rest if enough else train], rows[held])
@@ -95,6 +103,7 @@ class Refinement:
         settings: its numbers.
         rows, held_out: token ids.
         floats: float weights by parameter name, as the model stored them before the walk.
+        gains: names of the float parameters that may move.
     """
 
     stage: Stage
@@ -102,6 +111,7 @@ class Refinement:
     rows: Tensor
     held_out: Tensor
     floats: Mapping[str, Tensor]
+    gains: tuple[str, ...]
 
 
 def copy_floats(job: Job, others: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -135,11 +145,13 @@ def refine(
         run: keeps the state of the stage, so that a killed one goes on where it was.
     """
     name, began = refinement.stage.name, time.perf_counter()
+    home = next(job.model.parameters()).device
+    weights = {layer: weight.to(home) for layer, weight in weights.items()}
     emit(events.StageStarted(name, refinement.settings.steps))
     task = ModelTask(
         logits=_logits(job, weights, refinement.floats),
         targets=_targets(job, refinement.floats, weights),
-        gains=norm_gains(job.model),
+        gains={n: job.model.get_parameter(n).data for n in refinement.gains},
         rows=refinement.rows,
         held_out=refinement.held_out,
         settings=refinement.settings,
@@ -166,21 +178,23 @@ class _Keeper:
             self._last = time.perf_counter()
 
 
-def norm_gains(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gains of the text decoder's norms by parameter name."""
-    out: dict[str, Tensor] = {}
+def norm_gains(model: nn.Module) -> tuple[str, ...]:
+    """Return the parameter names of the gains of the text decoder's norms."""
+    out = []
     for name, module in model.named_modules():
         gain = getattr(module, "weight", None)
         is_norm = "norm" in type(module).__name__.lower() and not NON_TEXT.search(name)
         if is_norm and isinstance(gain, torch.Tensor) and gain.ndim == 1:
-            out[f"{name}.weight"] = gain.data
-    return out
+            out.append(f"{name}.weight")
+    return tuple(out)
 
 
 def refusal(model: nn.Module, plan: LayerPlan, job: Job) -> str | None:
     """Return why a stage cannot work on a model on this machine, or None."""
+    assert job.rows is not None
+    if job.adapter.entry(model) is not model:
+        return "the model as a whole cannot be run on text"
     with torch.no_grad():
-        assert job.rows is not None
         output = job.model(**job.adapter.inputs(job.model, job.rows[:1, :2]))
     if not isinstance(getattr(output, "logits", None), torch.Tensor):
         return "the model predicts no tokens"
@@ -199,9 +213,8 @@ def install_refined(
         for t in job.targets(block):
             if t.ref.layer in weights:
                 stored = block.module.get_parameter(t.ref.parameter)
-                stored.data = as_parameter(
-                    t, weights[t.ref.layer].dequantize(), stored
-                ).contiguous()
+                weight = weights[t.ref.layer].to(stored.device)
+                stored.data = as_parameter(t, weight.dequantize(), stored).contiguous()
     for name, tensor in tensors.items():
         stored = job.model.get_parameter(name)
         stored.data = tensor.to(stored)
@@ -210,6 +223,10 @@ def install_refined(
 def _free(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError, IndexError, ValueError, StopIteration):
+        # of Linux: counts what files occupy that can be dropped, the model's own among them
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(s.split()[1]) * 1024 for s in lines if s.startswith("MemAvailable"))
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

@@ -39,6 +39,7 @@ class Settings:
             given (`lr`, `momentum`, `nblocks`, ...), else what the recipe says.
         distill: refine the whole model afterwards against the float model's predictions; None:
             as the recipe says, but not after an algorithm that was asked for.
+        stage: another stage than `distill`, by name.
         iters, nsamples, seqlen, batch_size, lr, minmax_lr: override the recipe's.
         bits, group_size, sym: override the scheme's.
         scale_dtype: type that scales of integers are stored in; None: float16.
@@ -76,6 +77,7 @@ class Settings:
     recipe: str = "default"
     algorithm: str | None = None
     distill: bool | None = None
+    stage: str | None = None
     iters: int | None = None
     nsamples: int | None = None
     seqlen: int | None = None
@@ -156,6 +158,8 @@ class Settings:
             given |= {"tuned_by": asked, "stage": None}
         if self.distill is not None:
             given["stage"] = "distill" if self.distill else None
+        if self.stage is not None:
+            given["stage"] = self.stage
         recipe = dataclasses.replace(recipe, **given)
         return recipe if recipe.iters else dataclasses.replace(recipe, stage=None)
 

@@ -20,8 +20,6 @@ from ar_kernels.numerics.grouping import expand, grouped
 from ar_tuner.distill.moments import Moments
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from ar_kernels import QuantizedWeight
@@ -33,6 +31,8 @@ MARGIN = 0.04
 COARSE = 7
 """Codes move up to this many bits; rounding wider ones better gains nothing."""
 _SHRINKS = 3
+_NEARLY = 0.9
+"""Share of the margin that is tried: the whole one would lie on the border itself."""
 
 
 @dataclass(frozen=True)
@@ -148,19 +148,21 @@ class Latent:
                 out |= {f"{name}.first": moments.first, f"{name}.second": moments.second}
         return out if self.factor is None else out | {"factor": self.factor}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
-
     def _pair(self) -> tuple[Tensor, Params]:
         """Return latent weight and parameters; a factor moves both, so that codes stay."""
         if self.factor is None:
             return self.value, self.params
         spec = self.target.weight.spec
         params = data_type(spec.data_type).rescale(self.params, spec, self.factor)
-        wide = expand(self.factor, tuple(self.value.shape), spec.granularity)
-        return self.value * wide, params
+        # by what the stored scale grew: a scale of 8 bits moves in leaps that codes must follow
+        ratio = params.scale / torch.where(self.params.scale == 0, 1.0, self.params.scale)
+        shape = tuple(self.value.shape)
+        growth = expand(ratio - 1.0, shape, spec.granularity)
+        minimum = self.params.extra.get("minimum")  # where it is not 0 that stays in place
+        if minimum is None:
+            return self.value + self.value * growth, params
+        floor = expand(minimum, shape, spec.granularity)
+        return self.value + (self.value - floor) * growth, params
 
 
 def _spacing(weight: QuantizedWeight) -> Tensor:
@@ -175,10 +177,11 @@ def _behind(target: ModelTarget, params: Params, value: Tensor, unit: Tensor) ->
     kind = data_type(spec.data_type)
     reach = (0.5 - MARGIN) * unit
     shift = (target.original.float() - value).clamp(-reach, reach)
-    for _ in range(_SHRINKS):
-        wrong = kind.fake_quant(value + shift, spec, params) != value
+    room = _NEARLY * MARGIN * unit
+    for left in reversed(range(_SHRINKS + 1)):
+        # floats have a nearer neighbour on one side of a power of two
+        wrong = kind.fake_quant(value + shift + shift.sign() * room, spec, params) != value
         if not wrong.any():
-            return value + shift
-        shift = torch.where(wrong, shift * 0.5, shift)
-    wrong = kind.fake_quant(value + shift, spec, params) != value
-    return value + torch.where(wrong, torch.zeros_like(shift), shift)
+            break
+        shift = torch.where(wrong, shift * (0.5 if left else 0.0), shift)
+    return value + shift

@@ -21,7 +21,7 @@ from ar_tuner.distill.moments import Moments
 from ar_tuner.stages import ModelResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -42,19 +42,20 @@ class Distill:
 
     def refine(self, task: ModelTask) -> ModelResult:
         """Return the refined weights and gains, or none where held-out rows do not gain."""
-        before = _held_out(task, {})
+        part = _part(task)
+        before = _held_out(task, {}, part)
         latents = [x for x in map(Latent.of, task.targets) if x is not None]
         gains = {name: _Gain.of(value) for name, value in task.gains.items()}
         began = _restore(task, latents, gains)
         for step in range(began, task.settings.steps):
-            loss = _step(task, latents, gains, step)
+            loss = _step(task, latents, gains, step, part=part)
             done = step + 1
             if done % max(1, task.settings.steps // REPORTS) == 0:
                 task.report(done, task.settings.steps, loss)
                 task.save(_state(latents, gains), done)
         tuned = {x.target.parameter: x.stored(x.target.original) for x in latents}
         moved = {name: gain.stored() for name, gain in gains.items()}
-        after = _held_out(task, {**tuned, **moved})
+        after = _held_out(task, {**tuned, **moved}, part)
         if not after < before:
             return ModelResult(loss_before=before, loss_after=before)
         weights = {x.target.layer: x.quantize() for x in latents}
@@ -77,7 +78,7 @@ class _Gain:
         return cls(plain, Moments.like(plain), value.dtype, size)
 
     def stored(self) -> Tensor:
-        return self.value.to(self.dtype)
+        return self.value.to(self.dtype, copy=True)
 
     def state(self) -> dict[str, Tensor]:
         return {"value": self.value, "first": self.moments.first, "second": self.moments.second}
@@ -88,19 +89,24 @@ def _step(
     latents: list[Latent],
     gains: Mapping[str, _Gain],
     step: int,
+    *,
+    part: int,
 ) -> float:
-    """Move everything once and return the loss of the rows it was moved for."""
+    """Move everything once and return the loss of the rows it was moved for.
+
+    The rows go through the models `part` at a time.
+    """
     leaves = {x.target.parameter: x.stored(x.target.original).requires_grad_() for x in latents}
     leaves |= {name: gain.stored().requires_grad_() for name, gain in gains.items()}
     rows = _rows(task, step)
     total = 0.0
-    for part in _parts(task, rows):
+    for some in rows.split(part):
         with torch.no_grad():
-            reference = task.logits({}, part, False)  # noqa: FBT003
+            reference = task.logits({}, some, False)  # noqa: FBT003
         with torch.enable_grad():
-            loss = divergence(task.logits(leaves, part, True), reference)  # noqa: FBT003
-            (loss * (part.shape[0] / rows.shape[0])).backward()
-        total += float(loss.detach()) * part.shape[0] / rows.shape[0]
+            loss = divergence(task.logits(leaves, some, True), reference)  # noqa: FBT003
+            (loss * (some.shape[0] / rows.shape[0])).backward()
+        total += float(loss.detach()) * some.shape[0] / rows.shape[0]
     share = _schedule(step, task.settings.steps)
     for latent in latents:
         leaf = leaves[latent.target.parameter]
@@ -127,28 +133,26 @@ def _rows(task: ModelTask, step: int) -> Tensor:
     return task.rows[order[start : start + size].to(task.rows.device)]
 
 
-def _parts(task: ModelTask, rows: Tensor) -> Iterator[Tensor]:
-    """Yield rows in parts whose logits fit the limit."""
-    size = task.settings.max_logits // (rows.shape[1] * max(1, _vocabulary(task, rows)))
-    yield from rows.split(max(1, min(size, rows.shape[0])))
-
-
-def _vocabulary(task: ModelTask, rows: Tensor) -> int:
+def _part(task: ModelTask) -> int:
+    """Return how many rows have logits that fit the limit, at least one."""
     with torch.no_grad():
-        return int(task.logits({}, rows[:1, :2], False).shape[-1])  # noqa: FBT003
+        vocabulary = task.logits({}, task.rows[:1, :2], False).shape[-1]  # noqa: FBT003
+    size = task.settings.max_logits // (task.rows.shape[1] * vocabulary)
+    return max(1, min(size, task.settings.batch_size))
 
 
 def _held_out(
     task: ModelTask,
     replaced: Mapping[str, Tensor],
+    part: int,
 ) -> float:
     """Return the mean divergence of the quantized model on the held-out rows."""
     total = 0.0
     with torch.no_grad():
-        for part in _parts(task, task.held_out):
-            reference = task.logits({}, part, False)  # noqa: FBT003
-            found = divergence(task.logits(replaced, part, True), reference)  # noqa: FBT003
-            total += float(found) * part.shape[0]
+        for some in task.held_out.split(part):
+            reference = task.logits({}, some, False)  # noqa: FBT003
+            found = divergence(task.logits(replaced, some, True), reference)  # noqa: FBT003
+            total += float(found) * some.shape[0]
     return total / task.held_out.shape[0]
 
 
