@@ -1,17 +1,22 @@
-"""The first-party algorithms, entering through the same hook as a third party's."""
+"""What ar-tuner itself brings, entering through the same hooks as a third party's."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.algorithms.signround import SignRound
 from ar_tuner.calibration.sources import EmbeddedTexts
 from ar_tuner.hookspecs import hookimpl
+from ar_tuner.source import QUANTIZATION_KEYS, FloatSource
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from ar_tuner.algorithms.base import Algorithm
     from ar_tuner.calibration.sources import DatasetSource
+    from ar_tuner.source import Source
 
 
 @hookimpl
@@ -24,3 +29,11 @@ def ar_register_algorithms() -> list[Algorithm]:
 def ar_register_datasets() -> list[DatasetSource]:
     """Return the built-in calibration texts."""
     return [EmbeddedTexts()]
+
+
+@hookimpl
+def ar_open_source(path: Path, config: Mapping[str, Any]) -> Source | None:
+    """Return the source of a checkpoint of floats."""
+    if any(config.get(key) for key in QUANTIZATION_KEYS):
+        return None
+    return FloatSource.of(path)

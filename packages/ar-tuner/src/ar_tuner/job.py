@@ -13,13 +13,16 @@ from ar_tuner.algorithms.base import Target, TuneSettings
 from ar_tuner.algorithms.rtn import nearest
 from ar_tuner.blocks import WeightRef, is_linear, weight_of
 from ar_tuner.errors import TunerError
-from ar_tuner.names import map_names, source_files, source_tensors
+from ar_tuner.loading import read_config
 from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks
 from ar_tuner.progress import Eta, peak_bytes
 from ar_tuner.recipes import auto_lr
 from ar_tuner.registry import open_sink
+from ar_tuner.residence import on_call
 from ar_tuner.run import Run, fingerprint
 from ar_tuner.sink import SinkRequest, Sinks, folders
+from ar_tuner.source import without_quantization
+from ar_tuner.written import Written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,7 +56,7 @@ def quantize_to_directory(
     output: Path,
     formats: Sequence[str],
     check: Callable[[Path, Callable[[str], QuantizedWeight], nn.Module], None] | None,
-) -> tuple[nn.Module, Path]:
+) -> Written:
     """Quantize and write a checkpoint; see `AutoRound.quantize_and_save`."""
     began = time.perf_counter()
     plan = request.plan()
@@ -79,19 +82,23 @@ def quantize_to_directory(
             written = sink.commit()
             final = written[0] if len(written) == 1 else output
             if check is not None:
-                for path in written:
-                    find = _weight_finder(request, prepared, run, outside)
-                    check(path, find, prepared.model)
+                find = _weight_finder(request, prepared, run, outside)
+                with on_call(prepared.residence, [b.module for b in prepared.discovery.blocks]):
+                    for path in written:
+                        check(path, find, prepared.model)
             event = events.RunFinished(
                 str(final), time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
             )
             run.record(event)
-            run.finish(final)
+            run.finish(final, keep_blocks=not prepared.residence.keep)
             request.emit(event)
     except BaseException:
         sink.abort()
         raise
-    return prepared.model, final
+    made = Written(final, prepared.model, prepared.residence, run.drop_blocks)
+    if prepared.residence.keep:
+        made.bring_back()
+    return made
 
 
 def _open_sinks(
@@ -220,16 +227,18 @@ def _job(
             keep="last" if request.settings.not_use_best_mse else "best",
             minmax_tuning=request.settings.enable_minmax_tuning,
         ),
-        rows=None if rows is None else rows.to(_device(prepared.model)),
+        rows=None if rows is None else rows.to(_home(prepared)),
         chain_batch=recipe.batch_size,
         quantized_inputs=request.settings.enable_quanted_input,
         finished=finished,
         report=lambda index, step, steps, loss: None,
+        residence=prepared.residence,
     )
 
 
-def _device(model: nn.Module) -> Any:
-    return next(model.parameters()).device
+def _home(prepared: Prepared) -> Any:
+    found = prepared.residence.placement.home
+    return next(prepared.model.parameters()).device if found is None else found
 
 
 def _loader(run: Run) -> Callable[[int], Weights | None]:
@@ -280,10 +289,9 @@ def _install_outside(model: nn.Module, name: str, weight: QuantizedWeight) -> No
 
 
 def _source_names(request: AutoRound, prepared: Prepared) -> dict[str, str]:
-    keys = list(prepared.model.state_dict())
     if request.source is None:
-        return {k: k for k in keys}
-    found = map_names(keys, source_files(request.source))
+        return {k: k for k in prepared.model.state_dict()}
+    found = request.blueprint().wiring.names
     lost = [r.layer.name for r in prepared.plan.quantized if f"{r.layer.name}.weight" not in found]
     if lost:
         msg = (
@@ -300,9 +308,8 @@ def _untouched(
     """Yield the tensors that stay as they are, one at a time; a tied head is left out."""
     tied = {f"{r.layer.name}.weight" for r in prepared.plan.rows if r.layer.tied}
     if request.source is not None:
-        files = source_files(request.source)
-        keys = [k for k in files if k not in written and k not in tied]
-        yield from source_tensors(files, keys)
+        source = request.blueprint().source
+        yield from source.read(k for k in source.names if k not in written and k not in tied)
         return
     for key, tensor in prepared.model.state_dict().items():
         if key not in written and key not in tied:
@@ -311,9 +318,9 @@ def _untouched(
 
 def _run_settings(request: AutoRound, format: str) -> dict[str, Any]:  # noqa: A002
     plain = dataclasses.asdict(request.settings)
-    for name in ("run_dir", "resume", "overwrite", "allow_download"):
+    for name in ("run_dir", "resume", "overwrite", "allow_download", "low_cpu_mem_usage"):
         plain.pop(name)
-    plain |= {"scheme": request.scheme.name, "format": format}
+    plain |= {"scheme": request.scheme.name, "format": format, "device_map": str(request.devices)}
     return json.loads(json.dumps(plain, default=str))
 
 
@@ -326,7 +333,7 @@ def _sink_request(
 ) -> SinkRequest:
     config: dict[str, Any] = {}
     if request.source is not None:
-        config = json.loads((request.source / "config.json").read_text(encoding="utf-8"))
+        config = without_quantization(read_config(request.source))
     elif request.given is not None:
         described: Any = request.given.config
         config = json.loads(json.dumps(described.to_dict(), default=str))

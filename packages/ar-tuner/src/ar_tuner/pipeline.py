@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from ar_tuner.activations import (
 )
 from ar_tuner.algorithms.base import BlockResult, BlockTask, Target, TuneSettings, as_parameter
 from ar_tuner.blocks import weights_of
+from ar_tuner.carry import Route
 from ar_tuner.errors import TunerError
 from ar_tuner.fused import shared_values
 from ar_tuner.rows import RowBank, rows_of
-from ar_tuner.walk import Frame, execute, hidden, suspended, trace_calls
+from ar_tuner.walk import Call, Frame, execute, hidden, suspended, trace_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from ar_tuner.adapters import ModelAdapter
     from ar_tuner.algorithms.base import Algorithm
     from ar_tuner.blocks import Block, Discovery
+    from ar_tuner.residence import Residence
 
 Weights = dict[str, "QuantizedWeight"]
 
@@ -49,6 +52,7 @@ class Job:
         quantized_inputs: blocks are tuned on what the quantized blocks before them give.
         finished: weights of blocks that an earlier, interrupted run has finished.
         report: called with (block index, step, steps, loss) while a block is tuned.
+        residence: brings blocks into memory, and lets them go.
         started: called with the index of a block before work on it begins.
     """
 
@@ -63,12 +67,29 @@ class Job:
     quantized_inputs: bool
     finished: Callable[[int], Weights | None]
     report: Callable[[int, int, int, float], None]
+    residence: Residence
     started: Callable[[int], None] = lambda index: None
 
     def targets(self, block: Block) -> tuple[Target, ...]:
         """Return the weights of a block that the plan quantizes."""
         planned = {r.layer.name: r.scheme for r in self.plan.of_block(block.name) if r.quantized}
         return tuple(Target(ref, planned[ref.layer]) for ref in weights_of(block, list(planned)))
+
+    def route(self, index: int) -> Route:
+        """Return the way of a block's arguments to its device, and of its results back."""
+        placement = self.residence.placement
+        return Route(placement.blocks[index], placement.home)
+
+    def part(self, index: int) -> None:
+        """Let go of a block whose weights are final and have been taken."""
+        block = self.discovery.blocks[index]
+
+        def finals() -> dict[str, Tensor]:
+            weights = self.finished(index)
+            return {} if weights is None else _replacements(self, block, weights)
+
+        self.residence.settle(index, finals)
+        self.residence.leave(index)
 
 
 @dataclass(frozen=True)
@@ -93,9 +114,11 @@ def quantize_blocks(job: Job) -> Iterator[BlockOutcome]:
         return
     for index, block in enumerate(job.discovery.blocks):
         began = time.perf_counter()
+        job.residence.enter(index)
         result, restored = _quantize(job, index, None, ())
         install(block.module, _replacements(job, block, result.weights))
         yield BlockOutcome(index, block.name, result, time.perf_counter() - began, restored)
+        job.part(index)
 
 
 def needs_inputs(algorithm: Algorithm, plan: LayerPlan) -> bool:
@@ -110,7 +133,7 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
     entry = job.adapter.entry(job.model)
     chunks = list(job.rows.split(job.chain_batch))
     batches = [job.adapter.inputs(job.model, chunk) for chunk in chunks]
-    order = trace_calls(entry, modules, job.adapter.inputs(job.model, job.rows[:1]))
+    order = _order(job, entry, modules)
     _check_called(job, order)
     left = Counter(order)
     chains = 2 if job.quantized_inputs else 1
@@ -122,47 +145,65 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
             quants = [f for f in frames[len(batches) :] if _stands_at(f, index)]
             if not floats:
                 continue
-            outputs = [execute(modules[index], f.call) for f in floats if f.call is not None]
+            job.residence.enter(index)
+            route = job.route(index)
+            outputs = [execute(modules[index], f.call, route) for f in floats if f.call is not None]
             left[index] -= 1
+            result = None
             if index not in replaced:
                 began = time.perf_counter()
                 calls = [f.call for f in (quants or floats) if f.call is not None]
                 references = [hidden(o) for o in outputs]
-                bank = RowBank.of(calls, [r.shape[0] for r in references])
+                bank = RowBank.of(calls, [r.shape[0] for r in references], device=route.there)
                 result, restored = _quantize(job, index, bank, rows_of(references))
                 replaced[index] = _replacements(job, blocks[index], result.weights)
                 weights[index] = result.weights
                 del calls, references, bank
-            else:
-                result = None
-            last = position == len(order) - 1
-            if not last:
+            if position < len(order) - 1:
+                _resume(floats, outputs)
                 with quantized_activations(
                     modules[index], job.targets(blocks[index]), static_ranges(weights[index])
                 ):
-                    answers = _answers(modules[index], quants, replaced[index])
-                for frame, answer in zip([*floats, *quants], [*outputs, *answers], strict=True):
-                    frame.resume(answer)
+                    block = functools.partial(_replaced, modules[index], replaced[index])
+                    _resume(quants, (execute(block, f.call, route) for f in quants if f.call))
             if left[index] == 0:
                 install(modules[index], replaced[index])
                 replaced[index], weights[index] = {}, {}
             if result is not None:
                 seconds = time.perf_counter() - began
                 yield BlockOutcome(index, blocks[index].name, result, seconds, restored)
+            if left[index] == 0:
+                job.part(index)
+
+
+def _order(job: Job, entry: nn.Module, modules: list[nn.Module]) -> list[int]:
+    """Return the blocks in the order one row of calibration data calls them."""
+    assert job.rows is not None
+
+    def run(call: Call) -> object:
+        job.residence.enter(call.index)
+        output = execute(modules[call.index], call, job.route(call.index))
+        job.residence.leave(call.index)
+        return output
+
+    return trace_calls(entry, modules, job.adapter.inputs(job.model, job.rows[:1]), run=run)
 
 
 def _stands_at(frame: Frame, index: int) -> bool:
     return frame.call is not None and frame.call.index == index
 
 
-def _answers(block: nn.Module, frames: list[Frame], weights: Mapping[str, Tensor]) -> list[object]:
-    """Return what a block with quantized weights gives for the frames that stand before it."""
-    out: list[object] = []
-    for frame in frames:
-        assert frame.call is not None
-        with torch.no_grad():
-            out.append(functional_call(block, dict(weights), frame.call.args, frame.call.kwargs))
-    return out
+def _resume(frames: list[Frame], answers: Iterable[object]) -> None:
+    """Answer frames one by one, so that what each was given can go before the next is answered."""
+    for frame, answer in zip(frames, answers, strict=True):
+        frame.resume(answer)
+
+
+def _replaced(
+    block: nn.Module, weights: Mapping[str, Tensor], /, *args: Any, **kwargs: Any
+) -> object:
+    """Return what a block gives with some of its weights replaced."""
+    return functional_call(block, dict(weights), args, kwargs)
 
 
 def _quantize(

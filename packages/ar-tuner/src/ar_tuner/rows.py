@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ar_tuner.carry import to
+
 if TYPE_CHECKING:
     from ar_tuner.walk import Call
 
@@ -21,16 +23,20 @@ class RowBank:
     """What a block was given, addressable by row.
 
     `units` are what can be drawn: single rows, or whole calls where rows of different calls
-    cannot be joined (different shapes or shared states).
+    cannot be joined (different shapes or shared states). Rows go to `device` as they are taken;
+    None: they stay where they are.
     """
 
     calls: tuple[Call, ...]
     sizes: tuple[int, ...]
     split: frozenset[Path]
     joinable: bool
+    device: torch.device | None = None
 
     @classmethod
-    def of(cls, calls: Sequence[Call], sizes: Sequence[int]) -> RowBank:
+    def of(
+        cls, calls: Sequence[Call], sizes: Sequence[int], *, device: torch.device | None = None
+    ) -> RowBank:
         """Return the bank of some calls; `sizes` are the rows in each."""
         leaves = [dict(_leaves((c.args, c.kwargs))) for c in calls]
         split: set[Path] = set()
@@ -46,7 +52,7 @@ class RowBank:
                 split.add(path)
             elif not same:
                 joinable = False
-        return cls(tuple(calls), tuple(sizes), frozenset(split), joinable)
+        return cls(tuple(calls), tuple(sizes), frozenset(split), joinable, device)
 
     @property
     def rows(self) -> int:
@@ -90,7 +96,8 @@ class RowBank:
         where = [self._locate(r) for r in rows]
         first = self.calls[where[0][0]]
         if not self.joinable or self._whole(where):
-            return _rebuild((first.args, first.kwargs), (), lambda _, leaf: leaf)
+            move = to(self.device)
+            return _rebuild((first.args, first.kwargs), (), lambda _, leaf: move(leaf))
         leaves = {
             c: dict(_leaves((self.calls[c].args, self.calls[c].kwargs)))
             for c in {c for c, _ in where}
@@ -98,8 +105,8 @@ class RowBank:
 
         def choose(path: Path, leaf: Tensor) -> Tensor:
             if path not in self.split:
-                return leaf
-            return torch.stack([leaves[c][path][r] for c, r in where])
+                return to(self.device)(leaf)
+            return to(self.device)(torch.stack([leaves[c][path][r] for c, r in where]))
 
         return _rebuild((first.args, first.kwargs), (), choose)
 

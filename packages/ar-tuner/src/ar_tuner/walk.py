@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ar_tuner.carry import Route
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -164,23 +165,30 @@ def suspended(
 
 
 def trace_calls(
-    entry: nn.Module, blocks: Sequence[nn.Module], batch: Mapping[str, object]
+    entry: nn.Module,
+    blocks: Sequence[nn.Module],
+    batch: Mapping[str, object],
+    *,
+    run: Callable[[Call], object] | None = None,
 ) -> list[int]:
-    """Return the block indices in the order one plain forward calls them."""
+    """Return the block indices in the order one plain forward calls them.
+
+    `run` answers the calls; None: the blocks do, where they are.
+    """
     order: list[int] = []
     with suspended(entry, blocks, [batch]) as frames:
         frame = frames[0]
         while frame.call is not None:
             call = frame.call
             order.append(call.index)
-            frame.resume(execute(blocks[call.index], call))
+            frame.resume(execute(blocks[call.index], call) if run is None else run(call))
     return order
 
 
-def execute(block: nn.Module, call: Call) -> object:
+def execute(block: Callable[..., object], call: Call, route: Route = Route()) -> object:  # noqa: B008 - frozen
     """Return the block's output for a call, with the weights it has."""
     with torch.no_grad():
-        return block(*call.args, **call.kwargs)
+        return route.run(block, call.args, call.kwargs)
 
 
 def hidden(output: object) -> torch.Tensor:

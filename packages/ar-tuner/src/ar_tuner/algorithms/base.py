@@ -98,7 +98,7 @@ class BlockTask:
         args, kwargs = self.inputs.take(rows)
         with quantized_activations(self.block, self.targets if weights else (), self.ranges):
             output = hidden(functional_call(self.block, dict(weights), args, kwargs))
-        return output, torch.stack([self.reference[r] for r in rows])
+        return output, torch.stack([self.reference[r] for r in rows]).to(output.device)
 
 
 @dataclass(frozen=True)
