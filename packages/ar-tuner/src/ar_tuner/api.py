@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
 from ar_tuner import events
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
-from ar_tuner.devices import Machine, default, parse, place
+from ar_tuner.compiling import Compiled, plain, refusal
+from ar_tuner.devices import CPU, Machine, default, parse, place
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers
 from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ar_schemes import LayerInfo, Scheme
     from ar_tuner.adapters import ModelAdapter
     from ar_tuner.algorithms.base import Algorithm
+    from ar_tuner.compiling import Forward
     from ar_tuner.devices import Placement
     from ar_tuner.events import RunEvent
     from ar_tuner.residence import Residence
@@ -88,6 +90,7 @@ class AutoRound:
         self._listener = on_event
         self._prepared: Prepared | None = None
         self._blueprint: Blueprint | None = None
+        self._forward: Forward | None = None
         machine = Machine.here()
         self.devices = parse(self.settings.device_map, machine)
         if self.source is not None:
@@ -191,6 +194,19 @@ class AutoRound:
         """Return the algorithm of the recipe."""
         recipe = self.settings.chosen
         return algorithm("rtn" if recipe.iters == 0 else recipe.algorithm)
+
+    def forward(self) -> Forward:
+        """Return what runs blocks in the tuning loop: compiled if asked for and possible."""
+        if self._forward is None:
+            self._forward = plain
+            if self.settings.enable_torch_compile and self.settings.chosen.iters:
+                why = refusal(self.devices.devices[0] if self.devices.devices else CPU)
+                if why is None:
+                    self._forward = Compiled(lambda text: self.emit(events.Note("warning", text)))
+                else:
+                    text = f"nothing can be compiled here, so blocks are tuned as they are: {why}"
+                    self.emit(events.Note("warning", text))
+        return self._forward
 
     def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Tensor:
         """Return the calibration tokens [N, T], after telling what they are made of."""

@@ -12,6 +12,7 @@ from ar_tuner import events
 from ar_tuner.algorithms.base import Target, TuneSettings
 from ar_tuner.algorithms.rtn import nearest
 from ar_tuner.blocks import WeightRef, is_linear, weight_of
+from ar_tuner.compiling import Compiled
 from ar_tuner.errors import TunerError
 from ar_tuner.loading import read_config
 from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks
@@ -233,6 +234,7 @@ def _job(
         finished=finished,
         report=lambda index, step, steps, loss: None,
         residence=prepared.residence,
+        forward=request.forward(),
     )
 
 
@@ -321,6 +323,7 @@ def _run_settings(request: AutoRound, format: str) -> dict[str, Any]:  # noqa: A
     for name in ("run_dir", "resume", "overwrite", "allow_download", "low_cpu_mem_usage"):
         plain.pop(name)
     plain |= {"scheme": request.scheme.name, "format": format, "device_map": str(request.devices)}
+    plain["enable_torch_compile"] = isinstance(request.forward(), Compiled)
     return json.loads(json.dumps(plain, default=str))
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.func import functional_call
 
 from ar_tuner.activations import (
     collect_ranges,
@@ -22,6 +21,7 @@ from ar_tuner.activations import (
 from ar_tuner.algorithms.base import BlockResult, BlockTask, Target, TuneSettings, as_parameter
 from ar_tuner.blocks import weights_of
 from ar_tuner.carry import Route
+from ar_tuner.compiling import Forward, plain
 from ar_tuner.errors import TunerError
 from ar_tuner.fused import shared_values
 from ar_tuner.rows import RowBank, rows_of
@@ -54,6 +54,7 @@ class Job:
         report: called with (block index, step, steps, loss) while a block is tuned.
         residence: brings blocks into memory, and lets them go.
         started: called with the index of a block before work on it begins.
+        forward: runs blocks in the tuning loop.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Job:
     report: Callable[[int, int, int, float], None]
     residence: Residence
     started: Callable[[int], None] = lambda index: None
+    forward: Forward = plain
 
     def targets(self, block: Block) -> tuple[Target, ...]:
         """Return the weights of a block that the plan quantizes."""
@@ -203,7 +205,7 @@ def _replaced(
     block: nn.Module, weights: Mapping[str, Tensor], /, *args: Any, **kwargs: Any
 ) -> object:
     """Return what a block gives with some of its weights replaced."""
-    return functional_call(block, dict(weights), args, kwargs)
+    return plain(block, weights, args, kwargs)
 
 
 def _quantize(
@@ -225,6 +227,7 @@ def _quantize(
         reference=reference,
         settings=job.settings,
         report=lambda step, steps, loss: job.report(index, step, steps, loss),
+        forward=job.forward,
     )
     _check_finite(task)
     task = dataclasses.replace(task, shared=shared_values(task))

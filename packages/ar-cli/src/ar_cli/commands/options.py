@@ -44,8 +44,9 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def settings_from(given: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of `AutoRound` for options as typed; unset ones are left out."""
     out = {k: v for k, v in given.items() if v is not None and v is not False}
-    if given.get("sym") is False:
-        out["sym"] = False
+    for name in ("sym", "low_cpu_mem_usage"):  # switches that are on unless turned off
+        if given.get(name) is False:
+            out[name] = False
     if "layer_config" in out:
         out["layer_config"] = layer_config(out["layer_config"])
     return out

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch.func import functional_call
 
 from ar_tuner.activations import quantized_activations
+from ar_tuner.compiling import Forward, plain
 from ar_tuner.walk import hidden
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class BlockTask:
         report: called with (step, steps, loss) now and then.
         shared: by layer, parameters that it must have in common with others.
         ranges: by layer, the range of its activations where the scheme fixes it beforehand.
+        forward: runs the block with replaced weights.
     """
 
     block: nn.Module
@@ -82,6 +83,7 @@ class BlockTask:
     report: Callable[[int, int, float], None]
     shared: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
+    forward: Forward = plain
 
     def weight(self, target: Target) -> Tensor:
         """Return a target's float weight as [O, I] (a view)."""
@@ -96,8 +98,11 @@ class BlockTask:
         """
         assert self.inputs is not None
         args, kwargs = self.inputs.take(rows)
+        # compiled code would not see hooks that come and go
+        hooked = not weights or any(t.scheme.activation is not None for t in self.targets)
+        forward = plain if hooked else self.forward
         with quantized_activations(self.block, self.targets if weights else (), self.ranges):
-            output = hidden(functional_call(self.block, dict(weights), args, kwargs))
+            output = hidden(forward(self.block, weights, args, kwargs))
         return output, torch.stack([self.reference[r] for r in rows]).to(output.device)
 
 
