@@ -24,6 +24,7 @@ from ar_tuner.carry import Route
 from ar_tuner.compiling import Forward, plain
 from ar_tuner.errors import TunerError
 from ar_tuner.fused import shared_values
+from ar_tuner.memory import trim
 from ar_tuner.rows import RowBank, rows_of
 from ar_tuner.walk import Call, Frame, execute, hidden, suspended, trace_calls
 
@@ -92,6 +93,7 @@ class Job:
 
         self.residence.settle(index, finals)
         self.residence.leave(index)
+        trim()
 
 
 @dataclass(frozen=True)
