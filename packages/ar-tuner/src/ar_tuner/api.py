@@ -208,6 +208,10 @@ class AutoRound:
                     self.emit(events.Note("warning", text))
         return self._forward
 
+    def tune_with(self, forward: Forward) -> None:
+        """Run blocks in the tuning loop with a function of the caller's."""
+        self._forward = forward
+
     def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Tensor:
         """Return the calibration tokens [N, T], after telling what they are made of."""
         from ar_tuner.calibration import calibration_rows, check_seqlen

@@ -20,6 +20,7 @@ from ar_tuner.progress import Eta, peak_bytes
 from ar_tuner.recipes import auto_lr
 from ar_tuner.registry import open_sink
 from ar_tuner.residence import on_call
+from ar_tuner.rows import rows_per_frame
 from ar_tuner.run import Run, fingerprint
 from ar_tuner.sink import SinkRequest, Sinks, folders
 from ar_tuner.source import without_quantization
@@ -229,7 +230,9 @@ def _job(
             minmax_tuning=request.settings.enable_minmax_tuning,
         ),
         rows=None if rows is None else rows.to(_home(prepared)),
-        chain_batch=recipe.batch_size,
+        chain_batch=recipe.batch_size
+        if rows is None
+        else rows_per_frame(recipe.batch_size, *rows.shape),
         quantized_inputs=request.settings.enable_quanted_input,
         finished=finished,
         report=lambda index, step, steps, loss: None,

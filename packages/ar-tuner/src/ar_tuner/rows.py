@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from ar_tuner.walk import Call
 
 Path = tuple[object, ...]
+FRAMES = 128
+"""Frames of a chain up to which a frame holds one batch. Each is a thread; some systems allow a
+process few hundred. (400 of them, of 256 tokens x 8, took 50 MB more than 50 of the same rows.)"""
+TOKENS = 2**16
+"""Tokens of one forward beyond which no rows are added to it: its activations are in memory."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,15 @@ class RowBank:
                 return call, row
             row -= size
         raise IndexError(row)
+
+
+def rows_per_frame(batch: int, rows: int, seqlen: int) -> int:
+    """Return how many calibration rows go through the model in one forward.
+
+    A batch; more where that would make too many frames, as long as a forward stays small. It
+    depends on these numbers alone, so that a resumed run computes the same.
+    """
+    return max(batch, min(-(-rows // FRAMES), TOKENS // seqlen))
 
 
 def rows_of(outputs: Sequence[Tensor]) -> list[Tensor]:
