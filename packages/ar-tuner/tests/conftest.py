@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
+import pluggy
 import pytest
 import torch
 
+from ar_schemes import PluginHost
+from ar_tuner import builtin, hookspecs, registry
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -72,3 +79,50 @@ def model() -> Callable[[str], Any]:
 def rows() -> torch.Tensor:
     """Token rows [8, 32]."""
     return torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(1))
+
+
+class Memory:
+    """A sink that keeps what it is given."""
+
+    def __init__(self, request) -> None:
+        self.request = request
+        self.weights, self.tensors, self.state = {}, {}, "open"
+
+    def put(self, name, weight) -> None:
+        self.weights[name] = weight
+
+    def put_tensor(self, name, tensor) -> None:
+        self.tensors[name] = tensor
+
+    def commit(self) -> Path:
+        self.state = "committed"
+        self.request.output.mkdir()
+        return self.request.output
+
+    def abort(self) -> None:
+        self.state = "aborted"
+
+
+@pytest.fixture
+def sinks(monkeypatch):
+    """Register a format `memory` through the hook; return the sinks it opens."""
+    opened = []
+    plugin = types.ModuleType("memory_plugin")
+
+    def ar_open_sink(request):
+        if request.format != "memory":
+            return None
+        opened.append(Memory(request))
+        return opened[-1]
+
+    ar_open_sink.__module__ = "memory_plugin"
+    plugin.ar_open_sink = pluggy.HookimplMarker("ar_tuner")(ar_open_sink)
+    monkeypatch.setitem(sys.modules, "memory_plugin", plugin)
+    entry = pytest.importorskip("importlib.metadata").EntryPoint(
+        "memory", "memory_plugin", "ar_tuner"
+    )
+    host = PluginHost(
+        "ar_tuner", hookspecs, builtins={"builtin": builtin}, env={}, entry_points=[entry]
+    )
+    monkeypatch.setattr(registry, "host", lambda: host)
+    return opened
