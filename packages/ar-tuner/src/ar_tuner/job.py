@@ -12,18 +12,22 @@ from ar_tuner import events
 from ar_tuner.algorithms.base import BlockResult, Target
 from ar_tuner.algorithms.rtn import nearest
 from ar_tuner.blocks import Block, WeightRef, is_linear, weight_of
+from ar_tuner.compiling import Compiled
 from ar_tuner.determinism import deterministic
 from ar_tuner.errors import TunerError
+from ar_tuner.loading import read_config
 from ar_tuner.logits import tail_of
-from ar_tuner.names import map_names, source_files, source_tensors
 from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks, wants_float_inputs
 from ar_tuner.progress import Eta, peak_bytes
-from ar_tuner.refine import Refinement, copy_floats, install_refined, refine, refusal
+from ar_tuner.refine import Refinement, copy_floats, gathered, install_refined, refine, refusal
 from ar_tuner.registry import open_sink, stage
-from ar_tuner.rows import none_left
+from ar_tuner.residence import on_call
+from ar_tuner.rows import none_left, rows_per_frame
 from ar_tuner.run import Run, fingerprint
 from ar_tuner.sink import SinkRequest, Sinks, folders
+from ar_tuner.source import without_quantization
 from ar_tuner.stages import ModelResult
+from ar_tuner.written import Written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -47,13 +51,14 @@ def quantize_in_memory(request: AutoRound, prepared: Prepared) -> None:
     refinement = _refinement(request, prepared, job, rows, outside)
     weights: Weights = {}
     with deterministic(enabled=request.settings.enable_deterministic_algorithms):
-        for _, _, result in _narrated(request, job, resumed=0, run_dir=""):
+        for _, _, result in _narrated(request, job, refinement, resumed=0, run_dir=""):
             weights |= result.weights if refinement is not None else {}
         for name, weight in outside.items():
             _install_outside(prepared.model, name, weight)
         if refinement is not None:
-            refined = refine(job, refinement, weights, emit=request.emit)
-            install_refined(job, refined.weights, refined.tensors)
+            with gathered(job):
+                refined = refine(job, refinement, weights, emit=request.emit)
+                install_refined(job, refined.weights, refined.tensors)
     request.emit(
         events.RunFinished(
             "", time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
@@ -66,7 +71,7 @@ def quantize_to_directory(
     output: Path,
     formats: Sequence[str],
     check: Callable[[Path, Callable[[str], QuantizedWeight], nn.Module], None] | None,
-) -> tuple[nn.Module, Path]:
+) -> Written:
     """Quantize and write a checkpoint; see `AutoRound.quantize_and_save`."""
     began = time.perf_counter()
     plan = request.plan()
@@ -98,19 +103,23 @@ def quantize_to_directory(
             written = sink.commit()
             final = written[0] if len(written) == 1 else output
             if check is not None:
-                for path in written:
-                    find = _weight_finder(request, prepared, job, run, outside)
-                    check(path, find, prepared.model)
+                find = _weight_finder(request, prepared, job, run, outside)
+                with on_call(prepared.residence, [b.module for b in prepared.discovery.blocks]):
+                    for path in written:
+                        check(path, find, prepared.model)
             event = events.RunFinished(
                 str(final), time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
             )
             run.record(event)
-            run.finish(final)
+            run.finish(final, keep_blocks=not prepared.residence.keep)
             request.emit(event)
     except BaseException:
         sink.abort()
         raise
-    return prepared.model, final
+    made = Written(final, prepared.model, prepared.residence, run.drop_blocks)
+    if prepared.residence.keep:
+        made.bring_back()
+    return made
 
 
 def _open_sinks(
@@ -148,7 +157,7 @@ def _write(  # noqa: PLR0913
         written.add(key)
 
     for index, name, result in _narrated(
-        request, job, resumed=len(run.finished), run_dir=str(run.directory), run=run
+        request, job, refinement, resumed=len(run.finished), run_dir=str(run.directory), run=run
     ):
         if index not in run.finished:
             run.save_block(index, name, result.weights, result.facts())
@@ -159,7 +168,8 @@ def _write(  # noqa: PLR0913
         _install_outside(prepared.model, layer, weight)
         put(layer, weight)
     if refinement is not None:
-        refined = _refined(request, job, run, refinement)
+        with gathered(job):
+            refined = _refined(request, job, run, refinement)
         for layer, weight in refined.weights.items():
             put(layer, weight)
         for name, tensor in refined.tensors.items():
@@ -178,22 +188,22 @@ def _rows(request: AutoRound, prepared: Prepared) -> Rows | None:
 def _refinement(
     request: AutoRound, prepared: Prepared, job: Job, rows: Rows | None, outside: Weights
 ) -> Refinement | None:
-    """Return the stage that is to follow the walk, or None; copies the float weights for it."""
+    """Return the stage that is to follow the walk, or None; blocks then stay in memory."""
     name = request.settings.chosen.stage
     if name is None or rows is None or rows.stage is None or rows.held_out is None:
         return None
     modules = {layer: prepared.model.get_submodule(layer) for layer in outside}
-    why = refusal(prepared.model, prepared.plan, job)
+    why = refusal(prepared.plan, job)
     if why is not None:
         request.emit(events.Note("warning", f"{name} is left out: {why}"))
         return None
-    home = _device(prepared.model)
+    prepared.residence.keep = True
     return Refinement(
         stage=stage(name),
         settings=request.settings.chosen.stage_settings(request.settings.seed),
-        rows=rows.stage.to(home),
-        held_out=rows.held_out.to(home),
-        floats=copy_floats(job, modules),
+        rows=rows.stage,
+        held_out=rows.held_out,
+        floats={f"{k}.weight": weight_of(m).clone() for k, m in modules.items()},
     )
 
 
@@ -220,9 +230,21 @@ def _refined(request: AutoRound, job: Job, run: Run, refinement: Refinement) -> 
 
 
 def _narrated(
-    request: AutoRound, job: Job, *, resumed: int, run_dir: str, run: Run | None = None
+    request: AutoRound,
+    job: Job,
+    refinement: Refinement | None,
+    *,
+    resumed: int,
+    run_dir: str,
+    run: Run | None = None,
 ) -> Iterator[tuple[int, str, BlockResult]]:
-    """Yield (index, name, result) of every block, telling listeners how it goes."""
+    """Yield (index, name, result) of every block, telling listeners how it goes.
+
+    A stage that is to follow gets a copy of the float weights of each block.
+    """
+    if refinement is not None:
+        floats = refinement.floats
+        job = dataclasses.replace(job, entered=lambda i: floats.update(copy_floats(job, i)))
 
     def emit(event: events.RunEvent) -> None:
         if run is not None:
@@ -288,14 +310,18 @@ def _job(
         plan=prepared.plan,
         algorithm=chosen,
         settings=request.settings.tuning(),
-        rows=None if rows is None else rows.walk.to(_device(prepared.model)),
-        chain_batch=recipe.batch_size,
+        rows=None if rows is None else rows.walk.to(_home(prepared)),
+        chain_batch=recipe.batch_size
+        if rows is None
+        else rows_per_frame(recipe.batch_size, *rows.walk.shape),
         quantized_inputs=chained,
         finished=finished,
         report=lambda index, step, steps, loss: None,
+        residence=prepared.residence,
         window=request.settings.nblocks if tuned else 1,
         head=_head(prepared) if rows is not None else None,
         tail=tail_of(getattr(prepared.model, "config", None)),
+        forward=request.forward(),
     )
 
 
@@ -306,8 +332,9 @@ def _head(prepared: Prepared) -> Block | None:
     return None if name is None else Block(name, prepared.model.get_submodule(name))
 
 
-def _device(model: nn.Module) -> Any:
-    return next(model.parameters()).device
+def _home(prepared: Prepared) -> Any:
+    found = prepared.residence.placement.home
+    return next(prepared.model.parameters()).device if found is None else found
 
 
 def _loader(run: Run) -> Callable[[int], BlockResult | None]:
@@ -360,10 +387,9 @@ def _install_outside(model: nn.Module, name: str, weight: QuantizedWeight) -> No
 
 
 def _source_names(request: AutoRound, prepared: Prepared) -> dict[str, str]:
-    keys = list(prepared.model.state_dict())
     if request.source is None:
-        return {k: k for k in keys}
-    found = map_names(keys, source_files(request.source))
+        return {k: k for k in prepared.model.state_dict()}
+    found = request.blueprint().wiring.names
     lost = [r.layer.name for r in prepared.plan.quantized if f"{r.layer.name}.weight" not in found]
     if lost:
         msg = (
@@ -380,9 +406,8 @@ def _untouched(
     """Yield the tensors that stay as they are, one at a time; a tied head is left out."""
     tied = {f"{r.layer.name}.weight" for r in prepared.plan.rows if r.layer.tied}
     if request.source is not None:
-        files = source_files(request.source)
-        keys = [k for k in files if k not in written and k not in tied]
-        yield from source_tensors(files, keys)
+        source = request.blueprint().source
+        yield from source.read(k for k in source.names if k not in written and k not in tied)
         return
     for key, tensor in prepared.model.state_dict().items():
         if key not in written and key not in tied:
@@ -391,9 +416,10 @@ def _untouched(
 
 def _run_settings(request: AutoRound, format: str) -> dict[str, Any]:  # noqa: A002
     plain = dataclasses.asdict(request.settings)
-    for name in ("run_dir", "resume", "overwrite", "allow_download"):
+    for name in ("run_dir", "resume", "overwrite", "allow_download", "low_cpu_mem_usage"):
         plain.pop(name)
-    plain |= {"scheme": request.scheme.name, "format": format}
+    plain |= {"scheme": request.scheme.name, "format": format, "device_map": str(request.devices)}
+    plain["enable_torch_compile"] = isinstance(request.forward(), Compiled)
     return json.loads(json.dumps(plain, default=str))
 
 
@@ -406,7 +432,7 @@ def _sink_request(
 ) -> SinkRequest:
     config: dict[str, Any] = {}
     if request.source is not None:
-        config = json.loads((request.source / "config.json").read_text(encoding="utf-8"))
+        config = without_quantization(read_config(request.source))
     elif request.given is not None:
         described: Any = request.given.config
         config = json.loads(json.dumps(described.to_dict(), default=str))

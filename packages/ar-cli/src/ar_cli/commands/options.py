@@ -55,8 +55,9 @@ def settings_from(given: dict[str, Any]) -> dict[str, Any]:
     known = {k: v for k, v in given.items() if k not in OPPOSITES}
     out = {k: v for k, v in known.items() if v is not None and v is not False}
     out |= tuning_settings(given)
-    if given.get("sym") is False:
-        out["sym"] = False
+    for name in ("sym", "low_cpu_mem_usage"):  # switches that are on unless turned off
+        if given.get(name) is False:
+            out[name] = False
     if "layer_config" in out:
         out["layer_config"] = layer_config(out["layer_config"])
     return out
