@@ -70,7 +70,7 @@ def open_dequantized(found: Readable, dtype: torch.dtype | str = "auto") -> nn.M
     model, report = _architecture(config).from_pretrained(
         None,
         config=config,
-        state_dict=_oriented(dequantized(found, wanted), found),
+        state_dict=_oriented(dequantized(found, wanted), found, config),
         dtype=wanted,
         output_loading_info=True,
     )
@@ -96,23 +96,15 @@ def dequantized(found: Readable, dtype: torch.dtype) -> dict[str, Tensor]:
     return out
 
 
-def _oriented(tensors: dict[str, Tensor], found: Readable) -> dict[str, Tensor]:
+def _oriented(tensors: dict[str, Tensor], found: Readable, config: Any) -> dict[str, Tensor]:
     """Turn quantized weights of Conv1D layers, which the model keeps as [I, O]."""
-    for layer in turned_layers(found):
-        tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].t().contiguous()
-    return tensors
-
-
-def turned_layers(found: Readable) -> frozenset[str]:
-    """Return the quantized layers whose float weights are stored as [I, O]: Conv1D of GPT-2."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(found.path, local_files_only=True)
     with torch.device("meta"):
         model = _architecture(config)(config)
-    names = {name for name, part in model.named_modules() if type(part).__name__ == "Conv1D"}
-    bare = {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
-    return frozenset(layer for layer in found.quantized if layer in names | bare)
+    turned = {name for name, part in model.named_modules() if type(part).__name__ == "Conv1D"}
+    for layer in found.quantized:
+        if layer in turned:
+            tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].t().contiguous()
+    return tensors
 
 
 def _architecture(config: Any) -> Any:
@@ -130,9 +122,3 @@ def _dtype(asked: torch.dtype | str, config: Any) -> torch.dtype:
         return asked
     named = getattr(config, "dtype", None) if asked == "auto" else getattr(torch, asked, None)
     return named if isinstance(named, torch.dtype) else torch.float32
-
-
-def names_dtype(config: Any) -> bool:
-    """Tell whether a configuration names a float type."""
-    text = config.get("text_config") or {}
-    return any(d.get(k) for d in (config, text) for k in ("dtype", "torch_dtype"))

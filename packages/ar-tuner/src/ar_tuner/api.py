@@ -23,7 +23,6 @@ from ar_tuner.residence import Kept
 from ar_tuner.settings import make_settings
 from ar_tuner.sink import parse_formats
 from ar_tuner.source import without_quantization
-from ar_tuner.streaming import Blueprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from ar_tuner.events import RunEvent
     from ar_tuner.residence import Residence
     from ar_tuner.settings import Settings
+    from ar_tuner.streaming import Blueprint
     from ar_tuner.written import Written
 
 
@@ -168,15 +168,22 @@ class AutoRound:
     def prepare(self) -> Prepared:
         """Return the loaded model with its plan; the plan is made before weights are read."""
         if self._prepared is None:
-            self.plan()
             model, tokenizer = self.given, self._tokenizer
             if model is not None:
                 adapter, discovery, plan = self._describe(model)
                 placement = self._placement(discovery)
                 residence: Residence = Kept(model, discovery.blocks, placement)
             else:
-                model, residence = self._load()
-                tokenizer = tokenizer or self._found_tokenizer()
+                from ar_tuner.loading import load_tokenizer
+                from ar_tuner.opening import open_directory
+
+                found = self.blueprint()
+                adapter, discovery, _ = self._describe(found.model)
+                placement = self._placement(discovery)
+                blocks = discovery.blocks
+                model, residence = open_directory(found, blocks, placement, self.settings, adapter)
+                if tokenizer is None:
+                    tokenizer = load_tokenizer(found.path, self.settings.trust_remote_code)
                 adapter, discovery, plan = self._describe(model)
             model.eval().requires_grad_(requires_grad=False)
             self._prepared = Prepared(model, tokenizer, adapter, discovery, plan, residence)
@@ -185,13 +192,11 @@ class AutoRound:
     def blueprint(self) -> Blueprint:
         """Return the model of a directory before its weights are read."""
         if self._blueprint is None:
-            from ar_tuner.loading import load_meta, open_source
-            from ar_tuner.wiring import wire
+            from ar_tuner.opening import make_blueprint
 
             assert self.source is not None
-            source = open_source(self.source)
-            model = load_meta(self.source, trust_remote_code=self.settings.trust_remote_code)
-            self._blueprint = Blueprint(self.source, source, model, wire(model, source.names))
+            trust = self.settings.trust_remote_code
+            self._blueprint = make_blueprint(self.source, trust_remote_code=trust)
         return self._blueprint
 
     def algorithm(self) -> Algorithm:
@@ -282,38 +287,9 @@ class AutoRound:
         found = self.blueprint()
         return strangers(found.source, found.wiring.unknown, layers)
 
-    def _load(self) -> tuple[nn.Module, Residence]:
-        """Return the model of a directory, and what brings its blocks into memory."""
-        from ar_tuner.loading import float_type, is_quantized, load_model, read_config
-        from ar_tuner.streaming import open_streamed
-
-        found = self.blueprint()
-        low = self.settings.low_cpu_mem_usage
-        discovery = self._describe(found.model)[1]
-        placement = self._placement(discovery)
-        if low or is_quantized(read_config(found.path)):
-            dtype = float_type(self.settings.model_dtype, found.model.config, found.source)
-            streamed = open_streamed(found, discovery.blocks, placement, dtype=dtype)
-            if not low:
-                streamed.whole()
-            return streamed.model, streamed
-        model, _ = load_model(
-            found.path,
-            dtype=self.settings.model_dtype,
-            trust_remote_code=self.settings.trust_remote_code,
-        )
-        blocks = self._describe(model)[1].blocks
-        return model, Kept(model, blocks, placement)
-
     def _placement(self, discovery: Discovery) -> Placement:
         sizes = [(b.name, sum(p.nbytes for p in b.module.parameters())) for b in discovery.blocks]
         return place(self.devices, sizes, low_gpu_mem_usage=self.settings.low_gpu_mem_usage)
-
-    def _found_tokenizer(self) -> Any:
-        from ar_tuner.loading import load_tokenizer
-
-        assert self.source is not None
-        return load_tokenizer(self.source, self.settings.trust_remote_code)
 
     def _config(self, model: nn.Module) -> dict[str, Any]:
         if self.source is not None:

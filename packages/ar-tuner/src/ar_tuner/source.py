@@ -28,12 +28,16 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class Source(Protocol):
     """A checkpoint as floats; tensors are read when asked for.
 
-    Names and orientation are those of the float checkpoint: packed codes and scales do not show.
+    Names are those of the float checkpoint: packed codes and scales do not show.
     """
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors."""
+
+    @property
+    def dequantized(self) -> frozenset[str]:
+        """Names of the tensors that come from codes: matrices [O, I]."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,6 +75,11 @@ class FloatSource:
         return tuple(self.files)
 
     @property
+    def dequantized(self) -> frozenset[str]:
+        """Names of the tensors that come from codes: none."""
+        return frozenset()
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the first float tensor."""
         for name, path in self.files.items():
@@ -88,6 +97,39 @@ class FloatSource:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of some tensors one at a time, in the order of the files."""
         return source_tensors(self.files, names)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A source some of whose matrices [O, I] are given as [I, O], as GPT-2's files keep them."""
+
+    source: Source
+    turned: frozenset[str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return self.source.names
+
+    @property
+    def dequantized(self) -> frozenset[str]:
+        """Names of the tensors that come from codes."""
+        return self.source.dequantized
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the floats."""
+        return self.source.dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        shape = self.source.shape(name)
+        return shape[::-1] if name in self.turned else shape
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) of some tensors one at a time."""
+        for name, tensor in self.source.read(names):
+            yield name, tensor.t().contiguous() if name in self.turned else tensor
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

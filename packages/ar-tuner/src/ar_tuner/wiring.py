@@ -11,13 +11,16 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from ar_tuner.blocks import is_linear
 from ar_tuner.names import map_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ar_tuner.source import Source
 
@@ -96,6 +99,16 @@ def wire(model: nn.Module, names: Iterable[str]) -> Wiring:
     pieces |= {target: Piece((target,), (name,)) for target, name in near.items()}
     left = tuple(name for name in unknown if name not in set(near.values()))
     return Wiring(pieces, left, frozenset(k for k in keys if rename(k)[0] == k))
+
+
+def turned(model: nn.Module, wiring: Wiring) -> frozenset[str]:
+    """Return the tensors of the source that a model keeps as [I, O]: weights of Conv1D layers."""
+    found = (
+        wiring.names.get(f"{name}.weight")
+        for name, module in model.named_modules()
+        if is_linear(module) and not isinstance(module, nn.Linear)
+    )
+    return frozenset(name for name in found if name is not None)
 
 
 def read(
