@@ -38,7 +38,7 @@ KINDS = {
 
 def quantized(demo: Path, folder: Path, kind: str) -> Path:
     form, scheme = KINDS[kind]
-    options = QUICK if scheme in ("NVFP4", "FP8_STATIC") else {}
+    options = {"nsamples": 8, "seqlen": 32} if scheme in ("NVFP4", "FP8_STATIC") else {}
     job = AutoRound(demo, scheme=scheme, recipe="rtn", **options)
     return job.quantize_and_save(folder / "quantized", form).path
 

@@ -321,3 +321,25 @@ def test_the_generation_config_comes_along(saved) -> None:
     assert prepared.model.generation_config.top_k == 7
     assert isinstance(prepared.model, nn.Module)
     assert prepared.model.name_or_path == str(path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"algorithm": "signround", "nblocks": 2}])
+def test_a_stage_and_windows_do_not_see_that_blocks_come_and_go(saved, tmp_path, settings) -> None:
+    path, _ = saved()
+    rows = torch.randint(0, 128, (32, 32), generator=torch.Generator().manual_seed(3))
+    states = []
+    for low in (True, False):
+        seen = []
+        job = AutoRound(
+            str(path),
+            dataset=rows,
+            low_cpu_mem_usage=low,
+            distill=True,
+            on_event=seen.append,
+            **QUICK,
+            **settings,
+        )
+        states.append(job.quantize()[0].state_dict())
+        assert [e for e in seen if isinstance(e, events.StageDone)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
