@@ -110,6 +110,10 @@ def test_hook_ar_find_adapter(report) -> None:
     assert report["ar_find_adapter"] == "every-config"
 
 
+def test_hook_ar_open_source(report) -> None:
+    assert report["ar_open_source"] == "floats of a directory"
+
+
 def test_hook_ar_open_sink(report) -> None:
     assert report["ar_open_sink"] == "a sink"
 

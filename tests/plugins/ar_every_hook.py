@@ -102,6 +102,11 @@ def ar_find_adapter(config):
 
 
 @tuner_impl
+def ar_open_source(path, config):
+    return f"floats of {path}" if config.get("every") else None
+
+
+@tuner_impl
 def ar_open_sink(request):
     return "a sink" if request.format == "every" else None
 
@@ -168,6 +173,7 @@ def report() -> dict[str, object]:
             *open_set(*parse_sets("every_texts"), tuner.datasets(), Query(("train",)))
         ],
         "ar_find_adapter": tuner.find_adapter("config").name,
+        "ar_open_source": tuner.open_source("a directory", {"every": True}),
         "ar_open_sink": tuner.open_sink(types.SimpleNamespace(format="every")),
         "ar_scheme_for_format": tuner.scheme_for_format("every"),
         "ar_adjust_plan": tuner.adjust_plan("every", "plan", "for"),

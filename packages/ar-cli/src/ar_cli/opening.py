@@ -25,7 +25,7 @@ def open_model(path: Path, dtype: str = "auto", *, device: str = "cpu") -> nn.Mo
         msg = f"--dtype {dtype!r} is not allowed: use one of {', '.join(DTYPES)}"
         raise ArError(msg)
     from ar_export import open_model as opened
-    from ar_tuner.loading import checked_device
+    from ar_tuner.devices import checked_device
 
     where = checked_device(device)
     return opened(path, dtype).to(where)

@@ -124,27 +124,68 @@ def open_checkpoint(path: Path) -> Readable:
     for container in formats().values():
         if isinstance(container, Container) and container.holds(path):
             return container.open(path)
+    parts = read_parts(path)
+    if parts.quantization is None:
+        return Checkpoint(path, parts.config, None, "float", parts.files, parts.facts, {})
+    return assemble(path, parts)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the headers and configs of a directory say, before any of it is understood."""
+
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any] | None
+    files: Mapping[str, Path]
+    facts: Mapping[str, TensorFact]
+
+
+def read_parts(path: Path) -> Parts:
+    """Return the configs and headers of a directory with safetensors files.
+
+    Raises:
+        ExportError: not a checkpoint, or damaged files.
+    """
     config = read_json(path / "config.json")
     quantization = config.get("quantization_config", config.get("quantization"))
     if quantization is None and (path / "quantization_config.json").is_file():
         quantization = read_json(path / "quantization_config.json")
     files, facts = _tensors(path)
-    if quantization is None:
-        return Checkpoint(path, config, None, "float", files, facts, {})
-    if not isinstance(quantization, dict):
+    if quantization is not None and not isinstance(quantization, dict):
         msg = f"{path / 'config.json'}: quantization_config must be an object"
         raise ExportError(msg)
-    found = format_of(quantization)
+    return Parts(config, quantization, files, facts)
+
+
+def assemble(
+    path: Path, parts: Parts, kind: type[Checkpoint] | None = None, **more: Any
+) -> Checkpoint:
+    """Return the quantized checkpoint that the parts make, as a `Checkpoint` or a kind of it.
+
+    Raises:
+        ExportError: a format that is not known here, or config and tensors contradict each other.
+    """
+    assert parts.quantization is not None
+    found = format_of(parts.quantization)
     if found is None:
-        method = quantization.get("quant_method")
+        method = parts.quantization.get("quant_method")
         msg = f"{path}: no installed format reads quant_method {method!r}; see `ar formats`"
         raise ExportError(msg)
     try:
-        layers = found.layers(quantization, facts)
+        layers = found.layers(parts.quantization, parts.facts)
     except ExportError as error:
         msg = f"{path}: {error}"
         raise ExportError(msg) from error
-    return Checkpoint(path, config, quantization, found.name, files, facts, layers)
+    return (kind or Checkpoint)(
+        path,
+        parts.config,
+        parts.quantization,
+        found.name,
+        parts.files,
+        parts.facts,
+        layers,
+        **more,
+    )
 
 
 def format_of(quantization: Mapping[str, Any]) -> Format | None:

@@ -22,8 +22,10 @@ from ar_export.formats.base import (
     SetsDtype,
 )
 from ar_export.formats.dtypes import config_dtype
+from ar_export.reader import format_of
 from ar_export.registry import formats
 from ar_export.side import copy_side_files, write_configs
+from ar_export.source import open_source
 from ar_export.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ar_export.formats.base import Format, Sink
+    from ar_export.source import DequantizedSource
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan
 
@@ -69,6 +72,19 @@ def ar_open_sink(request: SinkRequest) -> Sink | None:
                 return found.open_sink(request)
             return SafetensorsSink(found, request)
     return None
+
+
+@tuner_hook
+def ar_open_source(path: Path, config: Any) -> DequantizedSource | None:
+    """Return a quantized checkpoint of one of our formats as floats, or None.
+
+    Raises:
+        ExportError: it is damaged.
+    """
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or format_of(quantization) is None:
+        return None
+    return open_source(path)
 
 
 @tuner_hook

@@ -13,12 +13,16 @@ from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
 from ar_tuner import events
 from ar_tuner.algorithms.opt_rtn import gains
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
+from ar_tuner.compiling import Compiled, plain, refusal
+from ar_tuner.devices import CPU, Machine, default, parse, place
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers
 from ar_tuner.refine import Rows, share_out, wanted_rows
 from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format, stage
+from ar_tuner.residence import Kept
 from ar_tuner.settings import make_settings
 from ar_tuner.sink import parse_formats
+from ar_tuner.source import without_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,19 +33,25 @@ if TYPE_CHECKING:
     from ar_schemes import LayerInfo, Scheme
     from ar_tuner.adapters import ModelAdapter
     from ar_tuner.algorithms.base import Algorithm
+    from ar_tuner.compiling import Forward
+    from ar_tuner.devices import Placement
     from ar_tuner.events import RunEvent
+    from ar_tuner.residence import Residence
     from ar_tuner.settings import Settings
+    from ar_tuner.streaming import Blueprint
+    from ar_tuner.written import Written
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model with its blocks found and its plan made."""
+    """A model with its blocks found and its plan made; `residence` brings blocks into memory."""
 
     model: nn.Module
     tokenizer: Any
     adapter: ModelAdapter
     discovery: Discovery
     plan: LayerPlan
+    residence: Residence
 
 
 class AutoRound:
@@ -84,22 +94,21 @@ class AutoRound:
         self._tokenizer = tokenizer
         self._listener = on_event
         self._prepared: Prepared | None = None
+        self._blueprint: Blueprint | None = None
+        self._forward: Forward | None = None
+        machine = Machine.here()
+        self.devices = parse(self.settings.device_map, machine)
         if self.source is not None:
             from ar_tuner.loading import check_source
 
             self.source = check_source(self.source, allow_download=self.settings.allow_download)
+            self.devices = default(machine) if self.devices.nothing else self.devices
 
     def plan(self) -> LayerPlan:
         """Return what each layer would get; loads no weights when the model is a directory."""
         if self._prepared is not None:
             return self._prepared.plan
-        model = self.given
-        if model is None:
-            from ar_tuner.loading import load_meta
-
-            assert self.source is not None
-            model = load_meta(self.source, trust_remote_code=self.settings.trust_remote_code)
-        return self._describe(model)[2]
+        return self._describe(self.given if self.given is not None else self.blueprint().model)[2]
 
     def write_as(self, format: str | Sequence[str]) -> tuple[str, ...]:  # noqa: A002
         """Make the plan one for these formats, and return them.
@@ -121,7 +130,9 @@ class AutoRound:
         from ar_tuner.job import quantize_in_memory
 
         prepared = self.prepare()
+        prepared.residence.keep = True
         quantize_in_memory(self, prepared)
+        prepared.residence.whole()
         return prepared.model, prepared.plan
 
     def quantize_and_save(
@@ -130,8 +141,12 @@ class AutoRound:
         format: str | Sequence[str] = "auto_round",  # noqa: A002 - auto-round's name for it
         *,
         check: Callable[[Path, Callable[[str], QuantizedWeight], nn.Module], None] | None = None,
-    ) -> tuple[nn.Module, Path]:
+    ) -> Written:
         """Quantize, write the checkpoint, and return (model, directory).
+
+        The result unpacks as a pair. Of a model in a directory, blocks are in memory only while
+        their turn lasts, so the quantized model is read back when it is asked for: by unpacking,
+        or by `.model`. `.path` costs nothing.
 
         Several formats (a list, or separated by commas) get one folder each in the directory,
         named after the format, from one tuning run.
@@ -144,28 +159,46 @@ class AutoRound:
         """
         from ar_tuner.job import quantize_to_directory
 
-        return quantize_to_directory(self, Path(output_dir), self.write_as(format), check)
+        formats = self.write_as(format)
+        try:
+            return quantize_to_directory(self, Path(output_dir), formats, check)
+        finally:
+            if self.given is None:
+                self._prepared = None  # a further run starts from the floats of the directory
 
     def prepare(self) -> Prepared:
         """Return the loaded model with its plan; the plan is made before weights are read."""
         if self._prepared is None:
-            self.plan()
             model, tokenizer = self.given, self._tokenizer
-            if model is None:
-                from ar_tuner.loading import load_model
+            if model is not None:
+                adapter, discovery, plan = self._describe(model)
+                placement = self._placement(discovery)
+                residence: Residence = Kept(model, discovery.blocks, placement)
+            else:
+                from ar_tuner.loading import load_tokenizer
+                from ar_tuner.opening import open_directory
 
-                assert self.source is not None
-                model, found = load_model(
-                    self.source,
-                    dtype=self.settings.model_dtype,
-                    device=self.settings.device_map,
-                    trust_remote_code=self.settings.trust_remote_code,
-                )
-                tokenizer = tokenizer or found
+                found = self.blueprint()
+                adapter, discovery, _ = self._describe(found.model)
+                placement = self._placement(discovery)
+                blocks = discovery.blocks
+                model, residence = open_directory(found, blocks, placement, self.settings, adapter)
+                if tokenizer is None:
+                    tokenizer = load_tokenizer(found.path, self.settings.trust_remote_code)
+                adapter, discovery, plan = self._describe(model)
             model.eval().requires_grad_(requires_grad=False)
-            adapter, discovery, plan = self._describe(model)
-            self._prepared = Prepared(model, tokenizer, adapter, discovery, plan)
+            self._prepared = Prepared(model, tokenizer, adapter, discovery, plan, residence)
         return self._prepared
+
+    def blueprint(self) -> Blueprint:
+        """Return the model of a directory before its weights are read."""
+        if self._blueprint is None:
+            from ar_tuner.opening import make_blueprint
+
+            assert self.source is not None
+            trust = self.settings.trust_remote_code
+            self._blueprint = make_blueprint(self.source, trust_remote_code=trust)
+        return self._blueprint
 
     def algorithm(self) -> Algorithm:
         """Return the algorithm of the recipe.
@@ -176,6 +209,23 @@ class AutoRound:
         forced = recipe.disable_opt_rtn is False
         idle = not forced and not any(gains(row.scheme) for row in self.plan().quantized)
         return algorithm("rtn" if recipe.algorithm == "opt_rtn" and idle else recipe.algorithm)
+
+    def forward(self) -> Forward:
+        """Return what runs blocks in the tuning loop: compiled if asked for and possible."""
+        if self._forward is None:
+            self._forward = plain
+            if self.settings.enable_torch_compile and self.settings.chosen.iters:
+                why = refusal(self.devices.devices[0] if self.devices.devices else CPU)
+                if why is None:
+                    self._forward = Compiled(lambda text: self.emit(events.Note("warning", text)))
+                else:
+                    text = f"nothing can be compiled here, so blocks are tuned as they are: {why}"
+                    self.emit(events.Note("warning", text))
+        return self._forward
+
+    def tune_with(self, forward: Forward) -> None:
+        """Run blocks in the tuning loop with a function of the caller's."""
+        self._forward = forward
 
     def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Rows:
         """Return the calibration tokens by use, after telling what they are made of."""
@@ -225,7 +275,7 @@ class AutoRound:
             quant_lm_head=self.settings.quant_lm_head,
         )
         layers = list(layers_of(model, discovery, adapter))
-        plan = make_plan([*layers, *self._strangers(model, layers)], rules)
+        plan = make_plan([*layers, *self._strangers(layers)], rules)
         for name in self._formats:
             plan = adjust_plan(name, plan, self._config(model))
         shared = "float16" if len(self._formats) > 1 else None  # what every format can hold
@@ -233,17 +283,23 @@ class AutoRound:
         _check_computable(plan)
         return adapter, discovery, plan
 
-    def _strangers(self, model: nn.Module, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
+    def _strangers(self, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
         if self.source is None:
             return []
-        return strangers(self.source, model.state_dict().keys(), layers)
+        found = self.blueprint()
+        return strangers(found.source, found.wiring.unknown, layers)
+
+    def _placement(self, discovery: Discovery) -> Placement:
+        sizes = [(b.name, sum(p.nbytes for p in b.module.parameters())) for b in discovery.blocks]
+        return place(self.devices, sizes, low_gpu_mem_usage=self.settings.low_gpu_mem_usage)
 
     def _config(self, model: nn.Module) -> dict[str, Any]:
         if self.source is not None:
-            config: dict[str, Any] = json.loads((self.source / "config.json").read_text("utf-8"))
-            return config
+            from ar_tuner.loading import read_config
+
+            return without_quantization(read_config(self.source))
         described: Any = model.config
-        config = json.loads(json.dumps(described.to_dict(), default=str))
+        config: dict[str, Any] = json.loads(json.dumps(described.to_dict(), default=str))
         config.setdefault("architectures", [type(model).__name__])
         return config
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from ar_schemes import LayerPlan
     from ar_tuner.adapters import ModelAdapter
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ar_tuner.calibration.sources import DatasetSource
     from ar_tuner.events import RunEvent
     from ar_tuner.sink import Sink, SinkRequest
+    from ar_tuner.source import Source
     from ar_tuner.stages import Stage
 
 hookspec = pluggy.HookspecMarker("ar_tuner")
@@ -40,6 +42,15 @@ def ar_register_datasets() -> Iterable[DatasetSource]:  # type: ignore[empty-bod
 @hookspec(firstresult=True)
 def ar_find_adapter(config: Any) -> ModelAdapter | None:
     """Return an adapter for a model's configuration, or None. Stops at the first result."""
+
+
+@hookspec(firstresult=True)
+def ar_open_source(path: Path, config: Mapping[str, Any]) -> Source | None:
+    """Return the tensors of the checkpoint in a directory as floats, or None. First result wins.
+
+    `config` is its config.json. A checkpoint that is quantized in a format of yours is a source
+    like any other: it stands for the floats its codes mean.
+    """
 
 
 @hookspec(firstresult=True)

@@ -8,28 +8,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ar_tuner import events
-from ar_tuner.algorithms.base import BlockResult, Target
-from ar_tuner.algorithms.rtn import nearest
-from ar_tuner.blocks import Block, WeightRef, is_linear, weight_of
+from ar_tuner.algorithms.base import BlockResult
+from ar_tuner.blocks import Block, weight_of
 from ar_tuner.determinism import deterministic
 from ar_tuner.errors import TunerError
+from ar_tuner.leftovers import install_outside, source_names, unreached, untouched
 from ar_tuner.logits import tail_of
-from ar_tuner.names import map_names, source_files, source_tensors
-from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks, wants_float_inputs
+from ar_tuner.pipeline import Job, needs_inputs, quantize_blocks, wants_float_inputs
 from ar_tuner.progress import Eta, peak_bytes
-from ar_tuner.refine import Refinement, copy_floats, install_refined, norm_gains, refine, refusal
+from ar_tuner.refine import (
+    Refinement,
+    copy_floats,
+    gathered,
+    install_refined,
+    norm_gains,
+    refine,
+    refusal,
+)
 from ar_tuner.registry import open_sink, stage
 from ar_tuner.requests import run_settings, sink_request
-from ar_tuner.rows import none_left
+from ar_tuner.residence import on_call
+from ar_tuner.rows import none_left, rows_per_frame
 from ar_tuner.run import Run, fingerprint
 from ar_tuner.sink import Sinks, folders
 from ar_tuner.stages import ModelResult
+from ar_tuner.written import Written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan
@@ -44,17 +53,18 @@ def quantize_in_memory(request: AutoRound, prepared: Prepared) -> None:
     began = time.perf_counter()
     rows = _rows(request, prepared)
     job = _job(request, prepared, finished=lambda _: None, rows=rows)
-    outside = dict(_outside(prepared, job))
+    outside = dict(unreached(prepared, job))
     refinement = _refinement(request, prepared, job, rows, outside)
     weights: Weights = {}
     with deterministic(enabled=request.settings.enable_deterministic_algorithms):
-        for _, _, result in _narrated(request, job, resumed=0, run_dir=""):
+        for _, _, result in _narrated(request, job, refinement, resumed=0, run_dir=""):
             weights |= result.weights if refinement is not None else {}
         for name, weight in outside.items():
-            _install_outside(prepared.model, name, weight)
+            install_outside(prepared.model, name, weight)
         if refinement is not None:
-            refined = refine(job, refinement, weights, emit=request.emit)
-            install_refined(job, refined.weights, refined.tensors)
+            with gathered(job):
+                refined = refine(job, refinement, weights, emit=request.emit)
+                install_refined(job, refined.weights, refined.tensors)
     request.emit(
         events.RunFinished(
             "", time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
@@ -67,7 +77,7 @@ def quantize_to_directory(
     output: Path,
     formats: Sequence[str],
     check: Callable[[Path, Callable[[str], QuantizedWeight], nn.Module], None] | None,
-) -> tuple[nn.Module, Path]:
+) -> Written:
     """Quantize and write a checkpoint; see `AutoRound.quantize_and_save`."""
     began = time.perf_counter()
     plan = request.plan()
@@ -91,28 +101,32 @@ def quantize_to_directory(
             resume=request.settings.resume,
         )
         with run:
-            home = _device(prepared.model)
+            home = _home(prepared)
             job = _job(request, prepared, finished=_loader(run, home), rows=rows)
-            outside = dict(_outside(prepared, job))
+            outside = dict(unreached(prepared, job))
             with deterministic(enabled=request.settings.enable_deterministic_algorithms):
                 refinement = _refinement(request, prepared, job, rows, outside)
                 _write(request, prepared, job, run, sink, outside, refinement)
             written = sink.commit()
             final = written[0] if len(written) == 1 else output
             if check is not None:
-                for path in written:
-                    find = _weight_finder(request, prepared, job, run, outside)
-                    check(path, find, prepared.model)
+                find = _weight_finder(request, prepared, job, run, outside)
+                with on_call(prepared.residence, [b.module for b in prepared.discovery.blocks]):
+                    for path in written:
+                        check(path, find, prepared.model)
             event = events.RunFinished(
                 str(final), time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
             )
             run.record(event)
-            run.finish(final)
+            run.finish(final, keep_blocks=not prepared.residence.keep)
             request.emit(event)
     except BaseException:
         sink.abort()
         raise
-    return prepared.model, final
+    made = Written(final, prepared.model, prepared.residence, run.drop_blocks)
+    if prepared.residence.keep:
+        made.bring_back()
+    return made
 
 
 def _open_sinks(
@@ -141,7 +155,7 @@ def _write(  # noqa: PLR0913
     outside: Weights,
     refinement: Refinement | None,
 ) -> None:
-    names = _source_names(request, prepared)
+    names = source_names(request, prepared)
     written: set[str] = set()
 
     def put(layer: str, weight: QuantizedWeight) -> None:
@@ -150,7 +164,7 @@ def _write(  # noqa: PLR0913
         written.add(key)
 
     for index, name, result in _narrated(
-        request, job, resumed=_done(job, run), run_dir=str(run.directory), run=run
+        request, job, refinement, resumed=_done(job, run), run_dir=str(run.directory), run=run
     ):
         if index not in run.finished:
             run.save_block(index, name, result.weights, result.facts())
@@ -158,16 +172,17 @@ def _write(  # noqa: PLR0913
             for layer, weight in result.weights.items():
                 put(layer, weight)
     for layer, weight in outside.items():
-        _install_outside(prepared.model, layer, weight)
+        install_outside(prepared.model, layer, weight)
         put(layer, weight)
     if refinement is not None:
-        refined = _refined(request, job, run, refinement)
+        with gathered(job):
+            refined = _refined(request, job, run, refinement)
         for layer, weight in refined.weights.items():
             put(layer, weight)
         for name, tensor in refined.tensors.items():
             sink.put_tensor(names[name], tensor.cpu())
             written.add(names[name])
-    for key, tensor in _untouched(request, prepared, written):
+    for key, tensor in untouched(request, prepared, written):
         sink.put_tensor(key, tensor)
 
 
@@ -186,22 +201,23 @@ def _rows(request: AutoRound, prepared: Prepared) -> Rows | None:
 def _refinement(
     request: AutoRound, prepared: Prepared, job: Job, rows: Rows | None, outside: Weights
 ) -> Refinement | None:
-    """Return the stage that is to follow the walk, or None; copies the float weights for it."""
+    """Return the stage that is to follow the walk, or None; blocks then stay in memory."""
     name = request.settings.chosen.stage
     if name is None or rows is None or rows.stage is None or rows.held_out is None:
         return None
     modules = {layer: prepared.model.get_submodule(layer) for layer in outside}
-    why = refusal(prepared.model, prepared.plan, job)
+    why = refusal(prepared.plan, job)
     if why is not None:
         request.emit(events.Note("warning", f"{name} is left out: {why}"))
         return None
-    home, names = _device(prepared.model), _source_names(request, prepared)
+    prepared.residence.keep = True
+    names = source_names(request, prepared)
     return Refinement(
         stage=stage(name),
         settings=request.settings.chosen.stage_settings(request.settings.seed),
-        rows=rows.stage.to(home),
-        held_out=rows.held_out.to(home),
-        floats=copy_floats(job, modules),
+        rows=rows.stage,
+        held_out=rows.held_out,
+        floats={f"{k}.weight": weight_of(m).clone() for k, m in modules.items()},
         gains=tuple(n for n in norm_gains(prepared.model) if n in names),
     )
 
@@ -229,9 +245,21 @@ def _refined(request: AutoRound, job: Job, run: Run, refinement: Refinement) -> 
 
 
 def _narrated(
-    request: AutoRound, job: Job, *, resumed: int, run_dir: str, run: Run | None = None
+    request: AutoRound,
+    job: Job,
+    refinement: Refinement | None,
+    *,
+    resumed: int,
+    run_dir: str,
+    run: Run | None = None,
 ) -> Iterator[tuple[int, str, BlockResult]]:
-    """Yield (index, name, result) of every block, telling listeners how it goes."""
+    """Yield (index, name, result) of every block, telling listeners how it goes.
+
+    A stage that is to follow gets a copy of the float weights of each block.
+    """
+    if refinement is not None:
+        floats = refinement.floats
+        job = dataclasses.replace(job, entered=lambda i: floats.update(copy_floats(job, i)))
 
     def emit(event: events.RunEvent) -> None:
         if run is not None:
@@ -297,14 +325,18 @@ def _job(
         plan=prepared.plan,
         algorithm=chosen,
         settings=request.settings.tuning(),
-        rows=None if rows is None else rows.walk.to(_device(prepared.model)),
-        chain_batch=recipe.batch_size,
+        rows=None if rows is None else rows.walk.to(_home(prepared)),
+        chain_batch=recipe.batch_size
+        if rows is None
+        else rows_per_frame(recipe.batch_size, *rows.walk.shape),
         quantized_inputs=chained,
         finished=finished,
         report=lambda index, step, steps, loss: None,
+        residence=prepared.residence,
         window=request.settings.nblocks if tuned else 1,
         head=_head(prepared) if rows is not None else None,
         tail=tail_of(getattr(prepared.model, "config", None)),
+        forward=request.forward(),
     )
 
 
@@ -315,8 +347,9 @@ def _head(prepared: Prepared) -> Block | None:
     return None if name is None else Block(name, prepared.model.get_submodule(name))
 
 
-def _device(model: nn.Module) -> Any:
-    return next(model.parameters()).device
+def _home(prepared: Prepared) -> Any:
+    found = prepared.residence.placement.home
+    return next(prepared.model.parameters()).device if found is None else found
 
 
 def _loader(run: Run, home: torch.device) -> Callable[[int], BlockResult | None]:
@@ -335,7 +368,7 @@ def _weight_finder(
     """Return a function from a layer's name in the files to its exact weight."""
     names = {
         source.removesuffix(".weight"): model.removesuffix(".weight")
-        for model, source in _source_names(request, prepared).items()
+        for model, source in source_names(request, prepared).items()
     }
     index_of = {b.name: i for i, b in enumerate(job.blocks)}
     refined = run.load_block(len(job.blocks))[0] if len(job.blocks) in run.finished else {}
@@ -350,51 +383,3 @@ def _weight_finder(
         return run.load_block(index_of[layer if block is None else block])[0][layer]
 
     return find
-
-
-def _outside(prepared: Prepared, job: Job) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Yield quantized layers that the walk does not reach (the embedding), rounded to nearest."""
-    walked = None if job.head is None else job.head.name
-    for row in prepared.plan.of_block(None):
-        if row.quantized and row.layer.name != walked:
-            module = prepared.model.get_submodule(row.layer.name)
-            ref = WeightRef(row.layer.name, "weight", transposed=False)
-            if not is_linear(module) and row.layer.role != "embedding":
-                msg = f"{row.layer.name}: only linear layers and embeddings can be quantized here"
-                raise TunerError(msg)
-            yield row.layer.name, nearest(Target(ref, row.scheme), weight_of(module))
-
-
-def _install_outside(model: nn.Module, name: str, weight: QuantizedWeight) -> None:
-    module = model.get_submodule(name)
-    install(module, {"weight": weight.dequantize().to(weight_of(module).dtype)})
-
-
-def _source_names(request: AutoRound, prepared: Prepared) -> dict[str, str]:
-    keys = list(prepared.model.state_dict())
-    if request.source is None:
-        return {k: k for k in keys}
-    found = map_names(keys, source_files(request.source))
-    lost = [r.layer.name for r in prepared.plan.quantized if f"{r.layer.name}.weight" not in found]
-    if lost:
-        msg = (
-            f"{len(lost)} layers have no tensor of their own in {request.source}, so their "
-            f"quantized weights could not be named: {', '.join(lost[:6])}"
-        )
-        raise TunerError(msg)
-    return found
-
-
-def _untouched(
-    request: AutoRound, prepared: Prepared, written: set[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that stay as they are, one at a time; a tied head is left out."""
-    tied = {f"{r.layer.name}.weight" for r in prepared.plan.rows if r.layer.tied}
-    if request.source is not None:
-        files = source_files(request.source)
-        keys = [k for k in files if k not in written and k not in tied]
-        yield from source_tensors(files, keys)
-        return
-    for key, tensor in prepared.model.state_dict().items():
-        if key not in written and key not in tied:
-            yield key, tensor.detach().cpu()

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ar_schemes import ArError
+from ar_tuner import registry
+from ar_tuner.devices import checked_device
 from ar_tuner.errors import TunerError
+from ar_tuner.source import QUANTIZATION_KEYS
+from ar_tuner.streaming import check_whole
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
+
+    from ar_tuner.source import Source
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -20,8 +29,8 @@ def check_source(path: Path, *, allow_download: bool) -> Path:
     """Return the directory of a checkpoint: the path itself, or a downloaded snapshot.
 
     Raises:
-        TunerError: no such directory (and no consent to download), not a float Transformers
-            checkpoint, or weights only as pickles.
+        TunerError: no such directory (and no consent to download), not a Transformers
+            checkpoint, weights only as pickles, or quantized in a way that cannot be read.
     """
     if not path.exists() and allow_download:
         return _download(str(path))
@@ -34,14 +43,9 @@ def check_source(path: Path, *, allow_download: bool) -> Path:
         what = "is a file" if path.exists() else "does not exist"
         msg = f"model {str(path)!r} {what}. {hint}"
         raise TunerError(msg)
-    config = _config(path)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        msg = (
-            f"model {str(path)!r} is already quantized (quant_method {method}); "
-            "quantize the float checkpoint it was made from"
-        )
-        raise TunerError(msg)
+    if is_quantized(read_config(path)):
+        open_source(path)
+        return path
     names = {p.name for p in path.iterdir()}
     if not names & {"model.safetensors", "model.safetensors.index.json"}:
         pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
@@ -54,11 +58,41 @@ def check_source(path: Path, *, allow_download: bool) -> Path:
     return path
 
 
+def open_source(path: Path) -> Source:
+    """Return the tensors of a checkpoint as floats, whatever they are stored as.
+
+    Raises:
+        TunerError: it is quantized in a way that no installed package reads, or it says that it
+            is and holds no quantized layer.
+    """
+    config = read_config(path)
+    if not is_quantized(config):
+        return registry.open_source(path, config)
+    method = next(config[k] for k in QUANTIZATION_KEYS if k in config)
+    method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+    try:
+        return registry.open_source(path, config)
+    except ArError as error:
+        msg = (
+            f"model {str(path)!r} is already quantized (quant_method {method}) and cannot be read "
+            f"as floats: {error}. Quantize the float checkpoint it was made from."
+        )
+        raise TunerError(msg) from error
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Tell whether a configuration is that of a quantized checkpoint."""
+    return any(config.get(key) for key in QUANTIZATION_KEYS)
+
+
 def load_meta(path: Path, *, trust_remote_code: bool) -> nn.Module:
-    """Return the model without weights (all parameters on the meta device)."""
+    """Return the float model without weights (all parameters on the meta device)."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    for key in QUANTIZATION_KEYS:
+        if hasattr(config, key):
+            delattr(config, key)
     with torch.device("meta"):
         model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
@@ -87,13 +121,7 @@ def load_model(
         use_safetensors=True,
         output_loading_info=True,
     )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        msg = (
-            f"model {str(path)!r} lacks {len(missing)} tensors that its architecture needs "
-            f"({', '.join(missing[:4])}); they would be random. Check that the checkpoint is whole."
-        )
-        raise TunerError(msg)
+    check_whole(path, report)
     return model.to(checked_device(device)), load_tokenizer(path, trust_remote_code)
 
 
@@ -109,23 +137,28 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:  # noqa:
     )
 
 
-def checked_device(name: str) -> torch.device:
-    """Return a device that this machine has.
+def float_type(name: str, config: Any, source: Source) -> torch.dtype:
+    """Return the type to compute in: the one named, or with `auto` the checkpoint's own.
 
     Raises:
-        TunerError: it has not, or the name means nothing to torch.
+        TunerError: an unknown name.
     """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        msg = f"device {name!r} cannot be used here: {reason}"
-        raise TunerError(msg) from error
-    return device
+    if name not in DTYPES:
+        msg = f"dtype {name!r} is not allowed: use one of {', '.join(DTYPES)}"
+        raise TunerError(msg)
+    if name != "auto":
+        named: torch.dtype = getattr(torch, name)
+        return named
+    said = getattr(config, "dtype", None)
+    return said if isinstance(said, torch.dtype) else source.dtype
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Return config.json of a checkpoint.
+
+    Raises:
+        TunerError: there is none, or it is no JSON object.
+    """
     file = path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ar_tuner.source import Source
+
 
 def source_files(directory: Path) -> dict[str, Path]:
     """Return the file of every tensor of a safetensors checkpoint, in file order.
@@ -67,7 +69,7 @@ def _tail(key: str) -> str:
 
 
 def strangers(
-    directory: Path, model_keys: Iterable[str], layers: Sequence[LayerInfo]
+    source: Source, unknown: Iterable[str], layers: Sequence[LayerInfo]
 ) -> list[LayerInfo]:
     """Return the layers of a checkpoint that the model in memory does not have.
 
@@ -75,45 +77,29 @@ def strangers(
     are, and a plan that has them makes every format declare them.
 
     Args:
-        directory: the float checkpoint.
-        model_keys: names of the model's tensors.
+        source: the checkpoint.
+        unknown: its tensors that the model does not have.
         layers: layers of the model.
     """
-    files = source_files(directory)
-    known = set(map_names(model_keys, files).values())
     fused = tuple(f"{layer.name}." for layer in layers if layer.copies > 1)
-    unknown = [
-        key
-        for key in files
-        if key.endswith(".weight") and key not in known and not key.startswith(fused)
-    ]
     out = []
-    for key, (rows, columns) in _matrices(files, unknown):
+    for key in unknown:
+        if not key.endswith(".weight") or key.startswith(fused):
+            continue
+        shape = source.shape(key)
+        if len(shape) != 2:  # noqa: PLR2004
+            continue
         name = key.removesuffix(".weight")
         out.append(
             LayerInfo(
                 name,
-                rows,
-                columns,
+                shape[0],
+                shape[1],
                 block=name.rpartition(".")[0] or name,
                 keep="it is in the checkpoint but not in the model (copied as it is)",
             )
         )
     return out
-
-
-def _matrices(
-    files: Mapping[str, Path], keys: Iterable[str]
-) -> Iterator[tuple[str, tuple[int, int]]]:
-    by_file: dict[Path, list[str]] = {}
-    for key in keys:
-        by_file.setdefault(files[key], []).append(key)
-    for path, names in by_file.items():
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                shape = file.get_slice(name).get_shape()
-                if len(shape) == 2:  # noqa: PLR2004
-                    yield name, (shape[0], shape[1])
 
 
 def source_tensors(files: Mapping[str, Path], keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
-from torch.func import functional_call
+from typing import TYPE_CHECKING, Any
 
 from ar_tuner.activations import is_static, quantized_activations, static_ranges
 from ar_tuner.algorithms.base import BlockResult, Target, TuneSettings, as_parameter
 from ar_tuner.algorithms.importance import metered
 from ar_tuner.blocks import WeightRef, weights_of
+from ar_tuner.carry import Route
+from ar_tuner.compiling import Forward, plain
 from ar_tuner.errors import TunerError
+from ar_tuner.memory import trim
 from ar_tuner.spans import Material, quantize_span
-from ar_tuner.walk import Frame, suspended, trace_calls
+from ar_tuner.walk import Call, Frame, execute, suspended, trace_calls
 from ar_tuner.window import Passage, check_chained, follow, windows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ar_tuner.algorithms.base import Algorithm
     from ar_tuner.blocks import Block, Discovery
     from ar_tuner.events import Level
+    from ar_tuner.residence import Residence
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,14 @@ class Job:
         quantized_inputs: blocks are tuned on what the quantized blocks before them give.
         finished: what became of a block that an earlier, interrupted run has finished.
         report: called with (block index, step, steps, loss) while a block is tuned.
+        residence: brings blocks into memory, and lets them go.
+        entered: called with the index of a block whose float weights are in memory.
         started: called with the index of a block before work on it begins.
         note: called with a level and a text that a user should know.
         window: consecutive blocks that are tuned as one.
         head: the output head, walked after the blocks as one more, if it is to be quantized.
         tail: what the model does to the head's logits.
+        forward: runs blocks in the tuning loop.
     """
 
     model: nn.Module
@@ -60,11 +65,14 @@ class Job:
     quantized_inputs: bool
     finished: Callable[[int], BlockResult | None]
     report: Callable[[int, int, int, float], None]
+    residence: Residence
+    entered: Callable[[int], None] = lambda index: None
     started: Callable[[int], None] = lambda index: None
     note: Callable[[Level, str], None] = lambda level, text: None
     window: int = 1
     head: Block | None = None
     tail: Callable[[Tensor], Tensor] = lambda logits: logits
+    forward: Forward = plain
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -78,6 +86,40 @@ class Job:
             return (Target(ref, self.plan[block.name].scheme),)
         planned = {r.layer.name: r.scheme for r in self.plan.of_block(block.name) if r.quantized}
         return tuple(Target(ref, planned[ref.layer]) for ref in weights_of(block, list(planned)))
+
+    def route(self, index: int) -> Route:
+        """Return the way of a block's arguments to its device, and of its results back."""
+        placement = self.residence.placement
+        if index == len(self.discovery.blocks):  # the head is where the model's own code is
+            return Route()
+        return Route(placement.blocks[index], placement.home)
+
+    def enter(self, index: int) -> None:
+        """Bring a block into memory; the head always is."""
+        if index < len(self.discovery.blocks):
+            self.residence.enter(index)
+
+    def part(self, index: int) -> None:
+        """Let go of a block whose weights are final and have been taken."""
+        if index == len(self.discovery.blocks):
+            return
+        block = self.discovery.blocks[index]
+
+        def finals() -> dict[str, Tensor]:
+            result = self.finished(index)
+            return {} if result is None else _replacements(self, block, result.weights)
+
+        self.residence.settle(index, finals)
+        self.residence.leave(index)
+        trim()
+
+    def visit(self, call: Call) -> object:
+        """Return what a block gives; it is in memory for this call only."""
+        self.enter(call.index)
+        output = execute(self.blocks[call.index].module, call, self.route(call.index))
+        if call.index < len(self.discovery.blocks):
+            self.residence.leave(call.index)
+        return output
 
 
 @dataclass(frozen=True)
@@ -102,10 +144,13 @@ def quantize_blocks(job: Job) -> Iterator[BlockOutcome]:
         return
     for index, block in enumerate(job.blocks):
         began = time.perf_counter()
+        job.enter(index)
+        job.entered(index)
         results, restored = quantize_span(job, (index,), None, [])
         install(block.module, _replacements(job, block, results[index].weights))
         seconds = time.perf_counter() - began
         yield BlockOutcome(index, block.name, results[index], seconds, restored)
+        job.part(index)
 
 
 def needs_inputs(algorithm: Algorithm, plan: LayerPlan) -> bool:
@@ -136,8 +181,12 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
             if not floats:
                 continue
             began, fresh, restored = time.perf_counter(), span[0] not in done, False
+            for index in span:
+                job.enter(index)
             passages, energy = _float_pass(job, span, floats)
             if fresh:
+                for index in span:
+                    job.entered(index)
                 firsts = [f.call for f in quants or floats if f.call is not None]
                 material = Material(firsts, passages, energy)
                 results, restored = quantize_span(job, span, material, errors)
@@ -145,11 +194,12 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
                 for index, result in results.items():
                     replaced[index] = _replacements(job, blocks[index], result.weights)
                 done |= results
-            if position < len(spans) - 1:
-                _pass_on(job, span, quants, done, replaced)
-                for frame, passage in zip(floats, passages, strict=True):
-                    frame.resume(passage.output)
+            outputs = [passage.output for passage in passages]
             del passages
+            if position < len(spans) - 1:
+                _resume(floats, outputs)
+                _pass_on(job, span, quants, done, replaced)
+            del outputs
             seconds = (time.perf_counter() - began) / len(span)
             for index in span:
                 left[index] -= 1
@@ -159,17 +209,19 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
                     done[index], replaced[index] = BlockResult({}), {}
                 if fresh:
                     yield BlockOutcome(index, name, result, seconds, restored)
+                if left[index] == 0:
+                    job.part(index)
 
 
 def _spans(job: Job, entry: nn.Module, modules: Sequence[nn.Module]) -> list[tuple[int, ...]]:
     """Return the blocks in the windows they are tuned in, as one forward calls them."""
     assert job.rows is not None
     row = job.adapter.inputs(job.model, job.rows[:1])
-    order = trace_calls(entry, modules, row)
+    order = trace_calls(entry, modules, row, run=job.visit)
     _check_called(job, order)
-    lists = [b.name.rpartition(".")[0] for b in job.discovery.blocks]
-    spans = windows(order, lists if job.head is None else [*lists, job.head.name], job.window)
-    check_chained(entry, modules, spans, row)
+    lists = [f"{b.name.rpartition('.')[0]} {job.route(i).there}" for i, b in enumerate(job.blocks)]
+    spans = windows(order, lists, job.window)
+    check_chained(entry, modules, spans, row, run=job.visit)
     return spans
 
 
@@ -190,7 +242,7 @@ def _float_pass(
         return [Passage((f.call,), None, ()) for f in frames if f.call is not None], {}
     metering = wants_float_inputs(job.algorithm) and len(span) == 1
     with metered(block.module, job.targets(block) if metering else ()) as energy:
-        passages = [follow(modules, span, frame) for frame in frames]
+        passages = [follow(modules, span, frame, job.route(span[0])) for frame in frames]
     return passages, energy.means()
 
 
@@ -206,19 +258,22 @@ def _pass_on(
         block = job.blocks[index]
         ranges = static_ranges(results[index].weights)
         with quantized_activations(block.module, job.targets(block), ranges):
-            answers = _answers(block.module, frames, replaced[index])
-        for frame, answer in zip(frames, answers, strict=True):
-            frame.resume(answer)
+            run = functools.partial(_replaced, block.module, replaced[index])
+            calls = (f.call for f in frames if f.call is not None)
+            _resume(frames, (execute(run, call, job.route(index)) for call in calls))
 
 
-def _answers(block: nn.Module, frames: list[Frame], weights: Mapping[str, Tensor]) -> list[object]:
-    """Return what a block with quantized weights gives for the frames that stand before it."""
-    out: list[object] = []
-    for frame in frames:
-        assert frame.call is not None
-        with torch.no_grad():
-            out.append(functional_call(block, dict(weights), frame.call.args, frame.call.kwargs))
-    return out
+def _resume(frames: list[Frame], answers: Iterable[object]) -> None:
+    """Answer frames one by one, so that what each was given can go before the next is answered."""
+    for frame, answer in zip(frames, answers, strict=True):
+        frame.resume(answer)
+
+
+def _replaced(
+    block: nn.Module, weights: Mapping[str, Tensor], /, *args: Any, **kwargs: Any
+) -> object:
+    """Return what a block gives with some of its weights replaced."""
+    return plain(block, weights, args, kwargs)
 
 
 def _replacements(

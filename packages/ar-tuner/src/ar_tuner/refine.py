@@ -18,6 +18,7 @@ from ar_tuner.algorithms.base import as_parameter
 from ar_tuner.blocks import NON_TEXT, Block
 from ar_tuner.calibration.split import split_rows
 from ar_tuner.errors import TunerError
+from ar_tuner.residence import outside, send
 from ar_tuner.stages import ModelResult, ModelTarget, ModelTask, StageSettings
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ class Refinement:
         stage: what refines the model.
         settings: its numbers.
         rows, held_out: token ids.
-        floats: float weights by parameter name, as the model stored them before the walk.
+        floats: float weights by parameter name, as the model stored them before the walk; those
+            of the blocks come in as the walk reaches each.
         gains: names of the float parameters that may move.
     """
 
@@ -110,21 +112,39 @@ class Refinement:
     settings: StageSettings
     rows: Tensor
     held_out: Tensor
-    floats: Mapping[str, Tensor]
+    floats: dict[str, Tensor]
     gains: tuple[str, ...]
 
 
-def copy_floats(job: Job, others: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return the float weights of everything the plan quantizes, by parameter name.
-
-    `others`: modules outside the blocks, by name.
-    """
-    out = {
-        f"{block.name}.{t.ref.parameter}": block.module.get_parameter(t.ref.parameter).data.clone()
-        for block in job.blocks
+def copy_floats(job: Job, index: int) -> dict[str, Tensor]:
+    """Return the float weights of a block that the plan quantizes, by parameter name, in RAM."""
+    block = job.blocks[index]
+    return {
+        f"{block.name}.{t.ref.parameter}": block.module.get_parameter(t.ref.parameter).data.to(
+            "cpu", copy=True
+        )
         for t in job.targets(block)
     }
-    return out | {f"{k}.weight": m.get_parameter("weight").data.clone() for k, m in others.items()}
+
+
+@contextlib.contextmanager
+def gathered(job: Job) -> Iterator[None]:
+    """Have the whole model on one device, if the walk used any; then in its place again."""
+    placement = job.residence.placement
+    job.residence.keep = True
+    job.residence.whole()
+    send(job.model.modules(), next(iter(placement.blocks), None))
+    try:
+        yield
+    finally:
+        job.residence.whole()
+        send(outside(job.model, [b.module for b in job.discovery.blocks]), placement.home)
+
+
+def workplace(job: Job) -> torch.device:
+    """Return the device that a stage works on: that of the first block."""
+    first = next(iter(job.residence.placement.blocks), None)
+    return next(job.model.parameters()).device if first is None else first
 
 
 def refine(
@@ -145,15 +165,16 @@ def refine(
         run: keeps the state of the stage, so that a killed one goes on where it was.
     """
     name, began = refinement.stage.name, time.perf_counter()
-    home = next(job.model.parameters()).device
-    weights = {layer: weight.to(home) for layer, weight in weights.items()}
+    device = next(job.model.parameters()).device
+    floats = {k: v.to(device) for k, v in refinement.floats.items()}
+    weights = {layer: weight.to(device) for layer, weight in weights.items()}
     emit(events.StageStarted(name, refinement.settings.steps))
     task = ModelTask(
-        logits=_logits(job, weights, refinement.floats),
-        targets=_targets(job, refinement.floats, weights),
+        logits=_logits(job, weights, floats),
+        targets=_targets(job, floats, weights),
         gains={n: job.model.get_parameter(n).data for n in refinement.gains},
-        rows=refinement.rows,
-        held_out=refinement.held_out,
+        rows=refinement.rows.to(device),
+        held_out=refinement.held_out.to(device),
         settings=refinement.settings,
         report=lambda step, steps, loss: emit(events.StageProgress(name, step, steps, loss)),
         save=_Keeper(run, name) if run is not None else lambda state, done: None,
@@ -189,17 +210,21 @@ def norm_gains(model: nn.Module) -> tuple[str, ...]:
     return tuple(out)
 
 
-def refusal(model: nn.Module, plan: LayerPlan, job: Job) -> str | None:
-    """Return why a stage cannot work on a model on this machine, or None."""
-    assert job.rows is not None
-    if job.adapter.entry(model) is not model:
+def refusal(plan: LayerPlan, job: Job) -> str | None:
+    """Return why a stage cannot work on a model on this machine, or None.
+
+    The whole model has to be in memory for it, and the float weights beside.
+    """
+    if job.adapter.entry(job.model) is not job.model:
         return "the model as a whole cannot be run on text"
-    with torch.no_grad():
-        output = job.model(**job.adapter.inputs(job.model, job.rows[:1, :2]))
-    if not isinstance(getattr(output, "logits", None), torch.Tensor):
+    find = getattr(job.model, "get_output_embeddings", None)
+    if find is None or find() is None:
         return "the model predicts no tokens"
+    device = workplace(job)
     weights = sum(r.layer.rows * r.layer.columns for r in plan.quantized)
-    need, free = weights * _BYTES, _free(next(model.parameters()).device)
+    absent = sum(p.nbytes for p in job.model.parameters() if p.device != device)
+    floats = weights * next(job.model.parameters()).element_size()
+    need, free = weights * _BYTES + absent + floats, _free(device)
     if free is None or need <= _ROOM * free:
         return None
     return f"it needs about {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"

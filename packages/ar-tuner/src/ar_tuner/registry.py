@@ -15,9 +15,11 @@ from ar_tuner.stages import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from ar_schemes import LayerPlan
     from ar_tuner.sink import Sink, SinkRequest
+    from ar_tuner.source import Source
 
 
 @functools.cache
@@ -112,3 +114,16 @@ def open_sink(request: SinkRequest) -> Sink:
         )
         raise TunerError(msg)
     return sink
+
+
+def open_source(path: Path, config: Mapping[str, Any]) -> Source:
+    """Return the tensors of a checkpoint as floats.
+
+    Raises:
+        TunerError: no installed package reads it.
+    """
+    source: Source | None = host().first("ar_open_source", path=path, config=config)
+    if source is None:
+        msg = "no installed package reads this format; ar-export brings the usual ones"
+        raise TunerError(msg)
+    return source

@@ -6,7 +6,10 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from ar_tuner.compiling import Compiled
+from ar_tuner.loading import read_config
 from ar_tuner.sink import SinkRequest
+from ar_tuner.source import without_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,9 +22,10 @@ if TYPE_CHECKING:
 def run_settings(request: AutoRound, format: str) -> dict[str, Any]:  # noqa: A002
     """Return the settings that a run and its resumption must have in common, plain values."""
     plain = dataclasses.asdict(request.settings)
-    for name in ("run_dir", "resume", "overwrite", "allow_download"):
+    for name in ("run_dir", "resume", "overwrite", "allow_download", "low_cpu_mem_usage"):
         plain.pop(name)
-    plain |= {"scheme": request.scheme.name, "format": format}
+    plain |= {"scheme": request.scheme.name, "format": format, "device_map": str(request.devices)}
+    plain["enable_torch_compile"] = isinstance(request.forward(), Compiled)
     return json.loads(json.dumps(plain, default=str))
 
 
@@ -35,7 +39,7 @@ def sink_request(
     """Return what a format's sink needs to know of a run."""
     config: dict[str, Any] = {}
     if request.source is not None:
-        config = json.loads((request.source / "config.json").read_text(encoding="utf-8"))
+        config = without_quantization(read_config(request.source))
     elif request.given is not None:
         described: Any = request.given.config
         config = json.loads(json.dumps(described.to_dict(), default=str))

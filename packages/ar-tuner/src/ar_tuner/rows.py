@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ar_tuner.carry import to
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
     from ar_tuner.walk import Call
 
 Path = tuple[object, ...]
+FRAMES = 128
+"""Frames of a chain up to which a frame holds one batch. Each is a thread; some systems allow a
+process few hundred. (400 of them, of 256 tokens x 8, took 50 MB more than 50 of the same rows.)"""
+TOKENS = 2**16
+"""Tokens of one forward beyond which no rows are added to it: its activations are in memory."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +29,20 @@ class RowBank:
     """What a block was given, addressable by row.
 
     `units` are what can be drawn: single rows, or whole calls where rows of different calls
-    cannot be joined (different shapes or shared states).
+    cannot be joined (different shapes or shared states). Rows go to `device` as they are taken;
+    None: they stay where they are.
     """
 
     calls: tuple[Call, ...]
     sizes: tuple[int, ...]
     split: frozenset[Path]
     joinable: bool
+    device: torch.device | None = None
 
     @classmethod
-    def of(cls, calls: Sequence[Call], sizes: Sequence[int]) -> RowBank:
+    def of(
+        cls, calls: Sequence[Call], sizes: Sequence[int], *, device: torch.device | None = None
+    ) -> RowBank:
         """Return the bank of some calls; `sizes` are the rows in each."""
         leaves = [dict(leaves_of((c.args, c.kwargs))) for c in calls]
         split: set[Path] = set()
@@ -48,7 +58,7 @@ class RowBank:
                 split.add(path)
             elif not same:
                 joinable = False
-        return cls(tuple(calls), tuple(sizes), frozenset(split), joinable)
+        return cls(tuple(calls), tuple(sizes), frozenset(split), joinable, device)
 
     @property
     def rows(self) -> int:
@@ -114,7 +124,8 @@ class RowBank:
         where = [self._locate(r) for r in rows]
         first = self.calls[where[0][0]]
         if not self.joinable or self._whole(where):
-            return _rebuild((first.args, first.kwargs), (), lambda _, leaf: leaf)
+            move = to(self.device)
+            return _rebuild((first.args, first.kwargs), (), lambda _, leaf: move(leaf))
         leaves = {
             c: dict(leaves_of((self.calls[c].args, self.calls[c].kwargs)))
             for c in {c for c, _ in where}
@@ -122,8 +133,8 @@ class RowBank:
 
         def choose(path: Path, leaf: Tensor) -> Tensor:
             if path not in self.split:
-                return leaf
-            return torch.stack([leaves[c][path][r] for c, r in where])
+                return to(self.device)(leaf)
+            return to(self.device)(torch.stack([leaves[c][path][r] for c, r in where]))
 
         return _rebuild((first.args, first.kwargs), (), choose)
 
@@ -152,6 +163,15 @@ def none_left(held: int, rows: int) -> str:
         f"validation_rows {held} leaves none of the {rows} calibration rows to tune on; hold out "
         "fewer, or give more rows (nsamples)"
     )
+
+
+def rows_per_frame(batch: int, rows: int, seqlen: int) -> int:
+    """Return how many calibration rows go through the model in one forward.
+
+    A batch; more where that would make too many frames, as long as a forward stays small. It
+    depends on these numbers alone, so that a resumed run computes the same.
+    """
+    return max(batch, min(-(-rows // FRAMES), TOKENS // seqlen))
 
 
 def rows_of(outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from ar_tuner.devices import DeviceMap
+
 _SCALE_TYPES = ("float16", "bfloat16", "float32")
 _SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -66,7 +68,12 @@ class Settings:
         disable_opt_rtn: without steps, round with plain scales (True) or with searched ones
             (False: even 8-bit integers); None: searched but for 8-bit integers.
         enable_deterministic_algorithms: let PyTorch use deterministic algorithms only.
-        device_map: `cpu`, `cuda`, `cuda:1`, ...
+        device_map: where blocks compute: `cpu`, `cuda`, `cuda:1`, the number of an accelerator,
+            several (`0,1`), `auto` (all of them) or a dict from module names; None: the first
+            accelerator (the CPU where there is none), or where a given model is.
+        low_gpu_mem_usage: calibration states wait in RAM instead of on the device.
+        low_cpu_mem_usage: blocks of a model in a directory are in RAM only while their turn lasts.
+        enable_torch_compile: tune with compiled blocks.
         model_dtype: `auto` (as stored), `bfloat16`, `float16` or `float32`.
         run_dir: where the run keeps its state; default beside the output.
         resume: go on with an interrupted run.
@@ -108,7 +115,10 @@ class Settings:
     nblocks: int = 1
     disable_opt_rtn: bool | None = None
     enable_deterministic_algorithms: bool = False
-    device_map: str = "cpu"
+    device_map: DeviceMap = None
+    low_gpu_mem_usage: bool = False
+    low_cpu_mem_usage: bool = True
+    enable_torch_compile: bool = False
     model_dtype: str = "auto"
     trust_remote_code: bool = False
     allow_download: bool = False

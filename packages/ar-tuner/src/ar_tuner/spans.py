@@ -76,8 +76,10 @@ def _task(
     places: tuple[Place, ...] = ()
     if material is not None:
         head = job.blocks[first] is job.head
-        bank, reference = _rows(material, material.firsts, head=head)
-        floats, _ = _rows(material, [p.calls[0] for p in material.passages], head=head)
+        device = job.route(first).there
+        bank, reference = _rows(material, material.firsts, device, head=head)
+        befores = [p.calls[0] for p in material.passages]
+        floats, _ = _rows(material, befores, device, head=head)
         places = material.passages[0].places
     modules = [job.blocks[index].module for index in targets]
     return BlockTask(
@@ -91,11 +93,14 @@ def _task(
         report=lambda step, steps, loss: job.report(first, step, steps, loss),
         energy={} if material is None else material.energy,
         tail=job.tail,
+        forward=job.forward,
         note=lambda text: job.note("info", text),
     )
 
 
-def _rows(material: Material, calls: list[Call], *, head: bool) -> tuple[RowBank, list[Tensor]]:
+def _rows(
+    material: Material, calls: list[Call], device: torch.device | None, *, head: bool
+) -> tuple[RowBank, list[Tensor]]:
     """Return what a window is given and should give, by row; for the head its float inputs."""
     outputs = [
         state_of(p.calls[0].args, p.calls[0].kwargs) if head else hidden(p.output)
@@ -104,7 +109,7 @@ def _rows(material: Material, calls: list[Call], *, head: bool) -> tuple[RowBank
     if material.passages[0].places:
         pairs = zip(material.passages, calls, strict=True)
         calls = [joint_call(passage, first) for passage, first in pairs]
-    return RowBank.of(calls, [o.shape[0] for o in outputs]), rows_of(outputs)
+    return RowBank.of(calls, [o.shape[0] for o in outputs], device=device), rows_of(outputs)
 
 
 def _head(job: Job, task: BlockTask) -> BlockResult:

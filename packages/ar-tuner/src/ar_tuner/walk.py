@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ar_tuner.carry import Route
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -39,16 +40,28 @@ class _Stop(BaseException):
     """Unwinds a frame that is no longer needed (no `Exception`, so that models cannot catch it)."""
 
 
+@dataclass
+class _Running:
+    """The frame that computes now, if one does.
+
+    No thread-local: torch.compile, which looks at a block while no frame computes, can follow an
+    attribute but not that.
+    """
+
+    frame: Frame | None = None
+
+
 class Frame:
     """A forward of the model that stands before a block.
 
     `call` is the pending call of a block, or None when the forward has ended.
     """
 
-    def __init__(self, run: Callable[[], object]) -> None:
+    def __init__(self, run: Callable[[], object], running: _Running) -> None:
         self.call: Call | None = None
         self.output: object = None
         self._run = run
+        self._running = running
         self._answer: object = None
         self._error: BaseException | None = None
         self._kill = False
@@ -78,6 +91,11 @@ class Frame:
             self._thread.join(timeout=PATIENCE)
         self.call, self._answer = None, None
 
+    @property
+    def mine(self) -> bool:
+        """True in the frame's own thread."""
+        return threading.get_ident() == self._thread.ident
+
     def ask(self, call: Call) -> object:
         """Stop here until the controller answers the call (runs in the frame's thread)."""
         self.call = call
@@ -90,10 +108,12 @@ class Frame:
 
     def _advance(self) -> None:
         self.call = None
+        self._running.frame = self
         self._go.release()
         if not self._ready.acquire(timeout=PATIENCE):
             msg = f"the model computed more than {PATIENCE:.0f} s between two blocks; giving up"
             raise TunerError(msg)
+        self._running.frame = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -122,21 +142,20 @@ def suspended(
     On leaving, frames are unwound and the blocks have their own forward again. Calls of blocks
     from other threads than the frames' run normally.
     """
-    local = threading.local()
+    running = _Running()
     originals = [block.forward for block in blocks]
 
     def patched(index: int) -> Callable[..., object]:
         def forward(*args: Any, **kwargs: Any) -> object:
-            frame = getattr(local, "frame", None)
-            if frame is None:
+            frame = running.frame
+            if frame is None or not frame.mine:
                 return originals[index](*args, **kwargs)
             return frame.ask(Call(index, args, _without_cache(kwargs)))
 
         return forward
 
-    def runner(batch: Mapping[str, object], holder: list[Frame]) -> Callable[[], object]:
+    def runner(batch: Mapping[str, object]) -> Callable[[], object]:
         def run() -> object:
-            local.frame = holder[0]
             with torch.no_grad():
                 return entry(**batch)
 
@@ -148,10 +167,8 @@ def suspended(
         for index, block in enumerate(blocks):
             block.forward = patched(index)
         for batch in batches:
-            holder: list[Frame] = []
-            holder.append(Frame(runner(batch, holder)))
-            frames.append(holder[0])
-            holder[0].start()
+            frames.append(Frame(runner(batch), running))
+            frames[-1].start()
         yield frames
     finally:
         for frame in frames:
@@ -164,23 +181,30 @@ def suspended(
 
 
 def trace_calls(
-    entry: nn.Module, blocks: Sequence[nn.Module], batch: Mapping[str, object]
+    entry: nn.Module,
+    blocks: Sequence[nn.Module],
+    batch: Mapping[str, object],
+    *,
+    run: Callable[[Call], object] | None = None,
 ) -> list[int]:
-    """Return the block indices in the order one plain forward calls them."""
+    """Return the block indices in the order one plain forward calls them.
+
+    `run` answers the calls; None: the blocks do, where they are.
+    """
     order: list[int] = []
     with suspended(entry, blocks, [batch]) as frames:
         frame = frames[0]
         while frame.call is not None:
             call = frame.call
             order.append(call.index)
-            frame.resume(execute(blocks[call.index], call))
+            frame.resume(execute(blocks[call.index], call) if run is None else run(call))
     return order
 
 
-def execute(block: nn.Module, call: Call) -> object:
+def execute(block: Callable[..., object], call: Call, route: Route = Route()) -> object:  # noqa: B008 - frozen
     """Return the block's output for a call, with the weights it has."""
     with torch.no_grad():
-        return block(*call.args, **call.kwargs)
+        return route.run(block, call.args, call.kwargs)
 
 
 def hidden(output: object) -> torch.Tensor:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ar_tuner.carry import Route
 from ar_tuner.errors import TunerError
 from ar_tuner.rows import leaves_of
 from ar_tuner.walk import Call, execute, hidden, suspended
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -89,7 +90,12 @@ def windows(order: Sequence[int], lists: Sequence[str], size: int) -> list[tuple
     return out
 
 
-def follow(modules: Sequence[nn.Module], window: Sequence[int], frame: Frame) -> Passage:
+def follow(
+    modules: Sequence[nn.Module],
+    window: Sequence[int],
+    frame: Frame,
+    route: Route = Route(),  # noqa: B008 - frozen
+) -> Passage:
     """Lead a frame through a window with the weights the blocks have, up to its last block.
 
     The frame is left standing before the last block, whose output is not handed to it yet.
@@ -106,7 +112,7 @@ def follow(modules: Sequence[nn.Module], window: Sequence[int], frame: Frame) ->
         if calls:
             places.append(_place(call, hidden(output), index))
         calls.append(_without_state(call, places[-1]) if calls else call)
-        output = execute(modules[index], call)
+        output = execute(modules[index], call, route)
     return Passage(tuple(calls), output, tuple(places))
 
 
@@ -132,13 +138,18 @@ def check_chained(
     modules: Sequence[nn.Module],
     joined: Sequence[tuple[int, ...]],
     batch: Mapping[str, object],
+    *,
+    run: Callable[[Call], object] | None = None,
 ) -> None:
     """Refuse windows whose blocks are not chained by their hidden state alone.
+
+    `run` answers the calls; None: the blocks do, where they are.
 
     Raises:
         TunerError: the model computes between them, or a later block is given more of an earlier
             one than its hidden state.
     """
+    answer = run if run is not None else lambda call: execute(modules[call.index], call)
     inner = {index for window in joined for index in window[1:]}
     if not inner:
         return
@@ -148,7 +159,7 @@ def check_chained(
             calls = plain.call, shaken.call
             if calls[0].index in inner:
                 _same_but_state(calls, before)
-            plain_out, shaken_out = (execute(modules[c.index], c) for c in calls)
+            plain_out, shaken_out = (answer(c) for c in calls)
             before = (plain_out, _shaken(shaken_out))
             plain.resume(before[0])
             shaken.resume(before[1])

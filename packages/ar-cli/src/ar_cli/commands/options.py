@@ -55,7 +55,9 @@ def settings_from(given: dict[str, Any]) -> dict[str, Any]:
     known = {k: v for k, v in given.items() if k not in OPPOSITES}
     out = {k: v for k, v in known.items() if v is not None and v is not False}
     out |= tuning_settings(given)
-    out |= {k: False for k in ("sym", "distill") if given.get(k) is False}
+    # switches that are on, or left to the recipe, unless turned off
+    off = ("sym", "distill", "low_cpu_mem_usage")
+    out |= {name: False for name in off if given.get(name) is False}
     if "layer_config" in out:
         out["layer_config"] = layer_config(out["layer_config"])
     return out

@@ -39,7 +39,14 @@ if TYPE_CHECKING:
 @tuning_options
 @click.option("--nsamples", type=int, help="Calibration rows.")
 @click.option("--seqlen", type=int, help="Tokens per row.")
-@click.option("--device", "device_map", help="cpu, cuda, cuda:1, ...")
+@click.option("--device", "device_map", help="cpu, cuda, cuda:1, 0, '0,1', auto (all), xpu, hpu.")
+@click.option("--low-gpu-mem-usage", is_flag=True, help="Calibration states wait in RAM.")
+@click.option(
+    "--low-cpu-mem-usage/--disable-low-cpu-mem-usage",
+    default=None,
+    help="Read blocks when their turn comes (default), or load the whole model.",
+)
+@click.option("--enable-torch-compile", is_flag=True, help="Tune with compiled blocks.")
 @click.option("--dtype", "model_dtype", help="Type to compute in; default: as stored.")
 @click.option("--max-shard-size", help="5GB, 500MB, ...")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: OUTPUT.run")
@@ -113,7 +120,7 @@ def quantize_one(  # noqa: PLR0913
         reports.append(verify(path, expected=weight_of, against=tuned))
 
     job = AutoRound(model, scheme=scheme, dataset=dataset, on_event=listen, **settings)
-    _, path = job.quantize_and_save(output, format=format, check=check if checked else None)
+    path = job.quantize_and_save(output, format=format, check=check if checked else None).path
     finished = seen["run_finished"]
     source = job.source or Path(model)
     return {

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch.func import functional_call
 
 from ar_tuner.activations import quantized_activations
+from ar_tuner.compiling import Forward, plain
 from ar_tuner.recipes import auto_lr
 from ar_tuner.walk import hidden
 
@@ -105,6 +105,7 @@ class BlockTask:
         note: called with something a user should know.
         float_inputs: what the block is given in the float model, by row; None where that is
             `inputs` too.
+        forward: runs the block with replaced weights.
     """
 
     block: nn.Module
@@ -120,6 +121,7 @@ class BlockTask:
     tail: Callable[[Tensor], Tensor] = lambda logits: logits
     note: Callable[[str], None] = lambda text: None
     float_inputs: RowBank | None = None
+    forward: Forward = plain
 
     def weight(self, target: Target) -> Tensor:
         """Return a target's float weight as [O, I] (a view)."""
@@ -134,9 +136,12 @@ class BlockTask:
         """
         assert self.inputs is not None
         args, kwargs = self.inputs.take(rows)
+        # compiled code would not see hooks that come and go
+        hooked = not weights or any(t.scheme.activation is not None for t in self.targets)
+        forward = plain if hooked else self.forward
         with quantized_activations(self.block, self.targets if weights else (), self.ranges):
-            output = hidden(functional_call(self.block, dict(weights), args, kwargs))
-        return output, torch.stack([self.reference[r] for r in rows])
+            output = hidden(forward(self.block, weights, args, kwargs))
+        return output, torch.stack([self.reference[r] for r in rows]).to(output.device)
 
 
 _FACTS = ("loss_before", "loss_after", "relative")
@@ -195,5 +200,6 @@ class Algorithm(Protocol):
 
 
 def as_parameter(target: Target, weight: Tensor, like: Any) -> Tensor:
-    """Return a weight [O, I] as the block stores it: orientation and type of the parameter."""
-    return target.ref.view(weight).to(like.dtype)
+    """Return a weight [O, I] as the block stores it: orientation, type and device."""
+    device = weight.device if like.is_meta else like.device
+    return target.ref.view(weight).to(device=device, dtype=like.dtype)

@@ -78,7 +78,7 @@ class _Gain:
         return cls(plain, Moments.like(plain), value.dtype, size)
 
     def stored(self) -> Tensor:
-        return self.value.to(self.dtype, copy=True)
+        return self.value.to(self.dtype, copy=True)  # it gets gradients, the value moves
 
     def state(self) -> dict[str, Tensor]:
         return {"value": self.value, "first": self.moments.first, "second": self.moments.second}

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ar_tuner.names import source_files
+from ar_tuner.names import source_files, source_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -30,9 +30,9 @@ def fingerprint(
 ) -> dict[str, str]:
     """Return one digest per part, so that a difference can be named.
 
-    Weights are identified by the size and modification time of the source's files and, for every
-    tensor in memory, its shape and a sample of its values: reading every byte of a large model
-    again would cost more than it protects from.
+    Weights are identified by the size of the source's files and, for every tensor in them (in
+    memory, for a model that was given), its shape and a sample of its values: reading every byte
+    of a large model again would cost more than it protects from.
     """
     layers = [[r.layer.name, r.layer.rows, r.layer.columns, r.scheme.to_dict()] for r in plan.rows]
     parts: dict[str, Any] = {
@@ -40,7 +40,7 @@ def fingerprint(
         "plan": layers,
         "calibration": None if rows is None else _tensor_digest(rows),
         "source": None if source is None else _files(source),
-        "weights": _sampled(model),
+        "weights": _sampled(model.state_dict().items() if source is None else _stored(source)),
         "torch": torch.__version__.split("+")[0],
     }
     return {name: _digest(value) for name, value in parts.items()}
@@ -60,9 +60,14 @@ def _files(source: Path) -> list[tuple[str, int]]:
     return sorted((p.name, p.stat().st_size) for p in set(source_files(source).values()))
 
 
-def _sampled(model: nn.Module) -> list[tuple[str, list[int], str]]:
+def _stored(source: Path) -> Iterator[tuple[str, Tensor]]:
+    files = source_files(source)
+    return source_tensors(files, files)
+
+
+def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, list[int], str]]:
     out = []
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         out.append((name, list(tensor.shape), _tensor_digest(flat[::step][:_SAMPLES].cpu())))

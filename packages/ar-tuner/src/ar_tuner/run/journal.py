@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Version of the run directory; another one is not resumed."""
+_KEPT = "blocks-"
+"""Begins the name of a folder with the blocks of a finished run whose model may be asked for."""
 
 
 class Run:
@@ -47,6 +50,7 @@ class Run:
         self.directory = directory
         self._lock = lock
         self._finished = finished
+        self._blocks = directory / "blocks"
 
     @classmethod
     def open(
@@ -106,7 +110,7 @@ class Run:
             for key, tensor in weight.tensors().items()
         }
         specs = {layer: weight.spec.to_dict() for layer, weight in weights.items()}
-        path = self.directory / "blocks" / f"{index:05d}.safetensors"
+        path = self._blocks / f"{index:05d}.safetensors"
         part = path.with_suffix(".part")
         save_file(tensors, part, metadata={"specs": json.dumps(specs)})
         digest = _file_digest(part)
@@ -130,7 +134,7 @@ class Run:
             TunerError: the file is not what was written.
         """
         entry = self._finished[index]
-        path = self.directory / "blocks" / entry["file"]
+        path = self._blocks / entry["file"]
         if not path.is_file() or _file_digest(path) != entry["sha256"]:
             msg = (
                 f"{path}: the finished block {index} is missing or was changed since it was "
@@ -176,11 +180,26 @@ class Run:
         line = {"time": round(time.time(), 3), **event.to_dict()}
         _append(self.directory / "events.jsonl", json.dumps(line, default=str), sync=False)
 
-    def finish(self, output: Path) -> None:
-        """Note where the result lies; the finished blocks are removed, the log stays."""
+    def finish(self, output: Path, *, keep_blocks: bool = False) -> None:
+        """Note where the result lies; the log stays.
+
+        `keep_blocks`: finished blocks can still be loaded, until `drop_blocks` or the next run.
+        """
         _write(self.directory / "done.json", json.dumps({"output": str(output)}))
-        for path in (self.directory / "blocks").glob("*.safetensors"):
-            path.unlink()
+        if not keep_blocks:
+            self.drop_blocks()
+            return
+        kept = self.directory / f"{_KEPT}{uuid.uuid4().hex}"  # not those of a run that comes after
+        self._blocks.rename(kept)
+        self._blocks = kept
+
+    def drop_blocks(self) -> None:
+        """Remove the finished blocks."""
+        for path in self._blocks.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+        if self._blocks.name.startswith(_KEPT):
+            with contextlib.suppress(OSError):
+                self._blocks.rmdir()
         self._finished.clear()
 
     def __enter__(self) -> Run:
@@ -265,8 +284,10 @@ def _read_journal(directory: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _clear(directory: Path) -> None:
     for name in ("journal.jsonl", "events.jsonl", "done.json", "run.json"):
         (directory / name).unlink(missing_ok=True)
-    for path in (directory / "blocks").glob("*"):
+    for path in [*(directory / "blocks").glob("*"), *directory.glob(f"{_KEPT}*/*")]:
         path.unlink()
+    for path in directory.glob(f"{_KEPT}*"):
+        path.rmdir()
 
 
 def _append(path: Path, line: str, *, sync: bool) -> None:
