@@ -71,14 +71,15 @@ def _one(
         return x.sum(-1, keepdim=True).unflatten(0, (-1, rows)).sum(1)
 
     minimum = params.extra.get("minimum")
-    base = 0.0 if minimum is None else spread(minimum)
-    slope = values - base
+    slope = values if minimum is None else values - spread(minimum)
     bend = summed((slope @ gram) * slope)
     step = torch.where(bend > 0, summed(slope * pull) / bend, 0.0)
     fitted = kind.rescale(params, spec, 1 + step)
     ratio = torch.where(params.scale == 0, 1.0, fitted.scale / params.scale)
     wide = map_groups(fitted, spread)
-    new = nearest(slope * spread(ratio) + base, spec, wide, kind=kind)
+    wanted = slope * spread(ratio)
+    wanted = wanted if minimum is None else wanted + spread(minimum)
+    new = nearest(wanted, spec, wide, kind=kind)
     moved = new - values
     gain = summed(moved * (2 * pull - moved @ gram))
     better = gain > 0
