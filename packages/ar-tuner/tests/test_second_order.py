@@ -20,8 +20,9 @@ from ar_tuner.algorithms.second_order.grid import Grid
 from ar_tuner.algorithms.second_order.refit import refit
 from ar_tuner.algorithms.second_order.sequencing import layer_groups
 from ar_tuner.algorithms.second_order.solve import Problem, solve, start
-from ar_tuner.algorithms.second_order.statistics import Statistics, collect, input_of
+from ar_tuner.algorithms.second_order.statistics import Gap, Moments, Statistics, collect
 from ar_tuner.algorithms.second_order.sweep import sweep
+from ar_tuner.algorithms.second_order.tracing import added_share, trace
 from ar_tuner.blocks import WeightRef
 from ar_tuner.registry import algorithm
 from ar_tuner.rows import RowBank, rows_of
@@ -339,17 +340,47 @@ def test_a_layer_that_is_never_called_comes_last_and_is_rounded() -> None:
     assert equal(weights["b.spare"], Rtn().quantize(made).weights["b.spare"])
 
 
-def test_statistics_are_means_over_all_tokens_of_both_models() -> None:
-    made = task(noise=0.3)
-    seen = collect(made, made.targets[0], {}, cross=True)
-    x, x0 = (
+def inputs_of(made: BlockTask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the block's tokens in the quantized and in the float model, [T, WIDTH]."""
+    return tuple(
         torch.cat([c.args[0].reshape(-1, WIDTH) for c in bank.calls])
         for bank in (made.inputs, made.float_inputs)
     )
+
+
+@pytest.mark.parametrize("chunks", [1, 4, 16])
+def test_moments_are_means_over_all_tokens_of_both_models(chunks) -> None:
+    made = task(noise=0.3)
+    settings = dataclasses.replace(made.settings, batch_size=16 // chunks)
+    made = dataclasses.replace(made, settings=settings)
+    x, x0 = inputs_of(made)
+    seen = collect(made, made.targets[0], {}, gap=Gap.INPUT)
     assert seen is not None
-    assert seen.tokens == len(x)
-    torch.testing.assert_close(seen.gram, x.t() @ x / len(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(seen.cross, (x0 - x).t() @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert seen.whole.tokens == len(x)
+    assert (seen.held is not None) == (chunks >= 8)
+    torch.testing.assert_close(seen.whole.gram, x.t() @ x / len(x), rtol=1e-4, atol=1e-5)
+    gap = (x0 - x).t() @ x / len(x)
+    torch.testing.assert_close(seen.whole.gap, gap, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gap_of_outputs_is_what_the_blocks_output_lacks() -> None:
+    made = task(noise=0.3)
+    down = next(t for t in made.targets if t.ref.layer == "b.down")
+    seen = collect(made, down, {}, gap=Gap.OUTPUT)
+    x, _ = inputs_of(made)
+    lacks = torch.stack(made.reference).reshape(-1, WIDTH) - made.block(x.unflatten(0, (-1, 16)))[
+        0
+    ].reshape(-1, WIDTH)
+    given = torch.cat([trace(made, down, r, weights={}).given for r in made.inputs.chunks(16, 4)])
+    torch.testing.assert_close(seen.whole.gap, lacks.t() @ given / len(x), rtol=1e-3, atol=1e-5)
+
+
+def test_a_layer_that_adds_into_the_blocks_output_is_told_by_trial() -> None:
+    made = task()
+    shares = {t.ref.layer: added_share(made, t) for t in made.targets}
+    assert shares["b.down"] == pytest.approx(1, abs=1e-4)
+    assert shares["b.o"] == pytest.approx(1, abs=0.3)
+    assert shares["b.q"] == shares["b.k"] == shares["b.up"] == 0
 
 
 def test_later_layers_see_what_quantized_ones_give() -> None:
@@ -357,29 +388,58 @@ def test_later_layers_see_what_quantized_ones_give() -> None:
     down = next(t for t in made.targets if t.ref.layer == "b.down")
     rough = Rtn().quantize(made).weights["b.up"].dequantize()
     rows = list(range(4))
-    plain, after = (
-        input_of(made, down, made.inputs, rows, weights=w) for w in ({}, {"up.weight": rough})
-    )
+    plain, after = (trace(made, down, rows, weights=w).given for w in ({}, {"up.weight": rough}))
     x = made.inputs.calls[0].args[0]
     x = x + made.block.o(
         torch.softmax(made.block.q(x) @ made.block.k(x).transpose(-1, -2) / WIDTH**0.5, -1) @ x
     )
-    torch.testing.assert_close(
-        after, torch.nn.functional.silu(x @ rough.t()).reshape(-1, 2 * WIDTH)
-    )
+    hidden = torch.nn.functional.silu(x @ rough.t())
+    torch.testing.assert_close(after, hidden.reshape(-1, 2 * WIDTH))
     assert not torch.equal(plain, after)
 
 
-def test_the_goal_makes_up_for_errors_of_earlier_layers() -> None:
+def drifted() -> tuple[torch.Tensor, torch.Tensor, Statistics]:
+    """Return float inputs, drifted inputs and their statistics."""
     x0 = correlated(4, 256, 32).reshape(-1, 32)
-    x = x0 + 0.3 * correlated(4, 256, 32, seed=4).reshape(-1, 32)
-    seen = Statistics(x.t() @ x / len(x), (x0 - x).t() @ x / len(x), len(x))
+    noise = 0.3 * correlated(4, 256, 32, seed=4).reshape(-1, 32)
+    x = x0 + noise
+
+    def moments(x0, x):
+        return Moments(x.t() @ x / len(x), (x0 - x).t() @ x / len(x), len(x))
+
+    return x0, x, Statistics(Gap.INPUT, *[moments(x0, x)] * 3)
+
+
+def test_the_goal_makes_up_for_errors_of_earlier_layers() -> None:
+    x0, x, seen = drifted()
     w = weight(8, 32)
     (still,) = goals([w], seen, Knobs(pull=0.0))
-    (full,) = goals([w], seen, Knobs(pull=1.0, ridge=0.0))
-    assert torch.equal(still, w)
+    (full,) = goals([w], seen, Knobs(ridge=0.0))
+    assert torch.equal(still.weight, w)
+    assert full.share == pytest.approx(1, abs=1e-3)
     least = torch.linalg.lstsq(x.double(), (x0 @ w.t()).double()).solution.t()
-    torch.testing.assert_close(full.double(), least, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(full.weight.double(), least, rtol=1e-2, atol=1e-3)
+
+
+def test_a_move_that_does_not_help_held_out_rows_is_not_made() -> None:
+    _, _, seen = drifted()
+    assert seen.held is not None
+    against = dataclasses.replace(seen, held=Moments(seen.held.gram, -seen.held.gap, 1))
+    w = weight(8, 32)
+    (goal,) = goals([w], against, Knobs())
+    assert goal.share == 0
+    assert torch.equal(goal.weight, w)
+    half = dataclasses.replace(seen, held=Moments(seen.held.gram * 2, seen.held.gap, 1))
+    assert goals([w], half, Knobs(ridge=0.0))[0].share == pytest.approx(0.5, abs=1e-3)
+
+
+def test_what_is_lacking_is_divided_by_how_much_of_it_is_added() -> None:
+    x = correlated(4, 64, 32).reshape(-1, 32)
+    lacks = x @ weight(8, 32).t()
+    moments = Moments(x.t() @ x / len(x), lacks.t() @ x / len(x), len(x))
+    seen = Statistics(Gap.OUTPUT, moments, None, None)
+    (goal,) = goals([torch.zeros(8, 32)], seen, Knobs(ridge=0.0), added=0.5)
+    torch.testing.assert_close(goal.weight, 2 * weight(8, 32), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["W4A16", "W2A16", "MXFP4", "NVFP4"])
@@ -417,7 +477,7 @@ def test_polish_lowers_the_error_of_any_weights(name) -> None:
     rough = Rtn().quantize(made).weights
     better = polish(made, rough)
     for target in made.targets[:2]:  # q and k: the same inputs before and after
-        gram = collect(made, target, {}, cross=False).gram
+        gram = collect(made, target, {}).whole.gram
         own = made.weight(target)
         layer = target.ref.layer
         assert j(own - better[layer].dequantize(), gram) < 0.8 * j(
@@ -429,7 +489,7 @@ def test_starting_parameters_are_searched_with_the_inputs_energy() -> None:
     made = task("W2A16")
     found = starting_params(made)
     q = made.targets[0]
-    gram = collect(made, q, {}, cross=False).gram
+    gram = collect(made, q, {}).whole.gram
     wanted = start(Problem(made.weight(q), q.scheme.weight), curvature(gram, 0.05))[0]
     assert torch.equal(found["b.q"].scale, wanted.scale)
     assert set(found) == {t.ref.layer for t in made.targets}

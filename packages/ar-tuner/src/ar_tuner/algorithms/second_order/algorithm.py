@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING
 from ar_tuner.algorithms.base import BlockResult
 from ar_tuner.algorithms.rtn import nearest, nearest_of
 from ar_tuner.algorithms.second_order.curvature import curvature
-from ar_tuner.algorithms.second_order.goal import goals
+from ar_tuner.algorithms.second_order.goal import group_goals
 from ar_tuner.algorithms.second_order.knobs import Knobs
-from ar_tuner.algorithms.second_order.residual import output_cross, writes_output
 from ar_tuner.algorithms.second_order.sequencing import in_order
 from ar_tuner.algorithms.second_order.solve import Problem, solve
-from ar_tuner.algorithms.second_order.statistics import collect
 from ar_tuner.algorithms.signround import block_error
 
 if TYPE_CHECKING:
@@ -72,28 +70,20 @@ class SecondOrder:
         self, task: BlockTask, group: Sequence[Target], replaced: Mapping[str, Tensor]
     ) -> dict[str, Solution]:
         """Return the solutions of layers that share their input; none where nothing reaches it."""
-        pulled = self.knobs.pull > 0
-        alone = len(group) == 1 and pulled and writes_output(task, group[0], replaced)
-        seen = collect(task, group[0], replaced, cross=pulled and not alone)
-        if seen is None:
+        found = group_goals(task, group, replaced, self.knobs)
+        if found is None:
             return {}
-        lack = output_cross(task, group[0], replaced) if alone else None
-        cycles = self.knobs.cycles
+        gram, wanted = found
+        by_damping: dict[float, list[tuple[Target, Problem]]] = {}
+        for target, goal in zip(group, wanted, strict=True):
+            spec = weight_spec(target)
+            problem = Problem(goal.weight, spec, task.shared.get(target.ref.layer))
+            by_damping.setdefault(self.knobs.damping_for(spec.bits), []).append((target, problem))
+        cycles = task.settings.iters if self.knobs.cycles is None else self.knobs.cycles
         out: dict[str, Solution] = {}
-        for damping, targets in self._by_damping(group).items():
-            wanted = goals([task.weight(t) for t in targets], seen, self.knobs, lack=lack)
-            problems = [
-                Problem(goal, weight_spec(t), task.shared.get(t.ref.layer))
-                for t, goal in zip(targets, wanted, strict=True)
-            ]
-            solved = solve(problems, curvature(seen.gram, damping), cycles=cycles)
-            out |= {t.ref.layer: s for t, s in zip(targets, solved, strict=True)}
-        return out
-
-    def _by_damping(self, group: Sequence[Target]) -> dict[float, list[Target]]:
-        out: dict[float, list[Target]] = {}
-        for target in group:
-            out.setdefault(self.knobs.damping_for(weight_spec(target).bits), []).append(target)
+        for damping, members in by_damping.items():
+            solved = solve([p for _, p in members], curvature(gram, damping), cycles=cycles)
+            out |= {t.ref.layer: s for (t, _), s in zip(members, solved, strict=True)}
         return out
 
 

@@ -13,8 +13,8 @@ class Knobs:
         cycles: passes of coordinate descent at most.
         damping: for 2, 3 and more bits, the share of the mean energy that is added to every
             channel before factorizing.
-        pull: how far the goal moves from the float weight towards what makes up for the errors
-            of earlier layers: 0 not at all, 1 fully.
+        pull: how far the goal moves from the float weights towards what makes up for the errors
+            of earlier layers: 0 not at all, 1 as far as rows held out find good.
         ridge: share of the mean energy that tames that move.
     """
 

@@ -9,12 +9,11 @@ from ar_kernels import data_type
 from ar_kernels.numerics import params_of
 from ar_tuner.algorithms.second_order.algorithm import weight_spec
 from ar_tuner.algorithms.second_order.curvature import curvature
-from ar_tuner.algorithms.second_order.goal import goals
+from ar_tuner.algorithms.second_order.goal import group_goals
 from ar_tuner.algorithms.second_order.grid import Grid
 from ar_tuner.algorithms.second_order.knobs import Knobs
 from ar_tuner.algorithms.second_order.sequencing import in_order
 from ar_tuner.algorithms.second_order.solve import improve
-from ar_tuner.algorithms.second_order.statistics import collect
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,16 +40,16 @@ def polish(
     def handle(
         group: tuple[Target, ...], replaced: Mapping[str, Tensor]
     ) -> dict[str, QuantizedWeight]:
-        seen = collect(task, group[0], replaced, cross=knobs.pull > 0)
-        if seen is None:
+        found = group_goals(task, group, replaced, knobs)
+        if found is None:
             return {}
+        gram, wanted = found
+        cycles = task.settings.iters if knobs.cycles is None else knobs.cycles
         out = {}
-        wanted = goals([task.weight(t) for t in group], seen, knobs)
         for target, goal in zip(group, wanted, strict=True):
             layer = target.ref.layer
-            h = curvature(seen.gram, knobs.damping_for(weight_spec(target).bits))
-            cycles = knobs.cycles
-            out[layer] = polished(weights[layer], goal, h, cycles=cycles)
+            h = curvature(gram, knobs.damping_for(weight_spec(target).bits))
+            out[layer] = polished(weights[layer], goal.weight, h, cycles=cycles)
         return out
 
     return in_order(task, weights, handle)

@@ -25,12 +25,12 @@ def starting_params(task: BlockTask, *, knobs: Knobs | None = None) -> dict[str,
     knobs = Knobs() if knobs is None else knobs
     out = {}
     for group in layer_groups(task):
-        seen = collect(task, group[0], {}, cross=False)
+        seen = collect(task, group[0], {})
         if seen is None:
             continue
         for target in group:
             spec, layer = weight_spec(target), target.ref.layer
             weight = task.weight(target).float().contiguous()
-            h = curvature(seen.gram, knobs.damping_for(spec.bits))
+            h = curvature(seen.whole.gram, knobs.damping_for(spec.bits))
             out[layer] = start(Problem(weight, spec, task.shared.get(layer)), h)[0]
     return out

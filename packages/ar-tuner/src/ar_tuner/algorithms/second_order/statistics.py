@@ -1,46 +1,89 @@
-"""Second moments of what a layer is given: the curvature of its squared output error."""
+"""Second moments of what a layer is given, and of what its output should change by."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
-from torch.func import functional_call
 
-from ar_tuner.activations import quantized_activations
+from ar_tuner.algorithms.second_order.tracing import trace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ar_tuner.algorithms.base import BlockTask, Target
-    from ar_tuner.rows import RowBank
+
+HELD = 8
+"""One minibatch in so many is held out, to judge moves of the goal by."""
+
+
+class Gap(Enum):
+    """What the errors of earlier layers are measured by, to be made up for.
+
+    NONE: not at all. INPUT: the float model's input of a layer less its own. OUTPUT: the float
+    output of the block less its own (for a layer whose output is added into the block's).
+    """
+
+    NONE = "none"
+    INPUT = "input"
+    OUTPUT = "output"
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Moments:
     """Means over the tokens that reach a layer.
 
     Attributes:
         gram: mean of x x^T, float32 [I, I], x what the layer is given.
-        cross: mean of (x0 - x) x^T, x0 what it is given in the float model; None if not asked
-            for, or where the two see different tokens.
+        gap: mean of e x^T, float32: e the gap of inputs [I, I] or of outputs [O, I]; None where
+            it was not asked for, or the float model sends other tokens here.
         tokens: how many tokens were seen.
     """
 
     gram: Tensor
-    cross: Tensor | None
+    gap: Tensor | None
     tokens: int
 
 
-class _Reached(BaseException):
-    """Ends a forward at the layer that was waited for (models cannot catch it)."""
+@dataclass(frozen=True)
+class Statistics:
+    """Moments over all rows, and over the rows held out and the others; None: too few rows."""
+
+    gap: Gap
+    whole: Moments
+    held: Moments | None
+    others: Moments | None
+
+
+class _Sums:
+    """Running sums that end as `Moments`."""
+
+    def __init__(self) -> None:
+        self.gram: Tensor | None = None
+        self.gap: Tensor | None = None
+        self.tokens = 0
+
+    def add(self, x: Tensor, gap: Tensor | None) -> None:
+        self.gram = _plus(self.gram, x, x)
+        self.tokens += len(x)
+        if gap is not None:
+            self.gap = _plus(self.gap, gap, x)
+
+    def moments(self, *, gap: bool) -> Moments | None:
+        if self.gram is None:
+            return None
+        whole = self.gap if gap else None
+        return Moments(
+            self.gram / self.tokens, None if whole is None else whole / self.tokens, self.tokens
+        )
 
 
 def collect(
-    task: BlockTask, target: Target, weights: Mapping[str, Tensor], *, cross: bool
+    task: BlockTask, target: Target, weights: Mapping[str, Tensor], *, gap: Gap = Gap.NONE
 ) -> Statistics | None:
     """Return the statistics of a layer over all rows; None if no token reaches it.
 
@@ -48,59 +91,58 @@ def collect(
         task: the block.
         target: the layer.
         weights: replacements of parameters of the block, by name: layers quantized already.
-        cross: collect `Statistics.cross` too, where the task has float inputs.
+        gap: what to measure beside the inputs.
     """
     assert task.inputs is not None
-    gram = between = None
-    tokens = 0
-    for rows in task.inputs.chunks(task.inputs.rows, task.settings.batch_size):
-        x = input_of(task, target, task.inputs, rows, weights=weights)
-        if x is None or not len(x):
+    held, others = _Sums(), _Sums()
+    if task.float_inputs is None and gap is Gap.INPUT:
+        gap = Gap.NONE
+    complete = True
+    for i, rows in enumerate(task.inputs.chunks(task.inputs.rows, task.settings.batch_size)):
+        seen = trace(task, target, rows, weights=weights, to_end=gap is Gap.OUTPUT)
+        if seen is None or not len(seen.given):
             continue
-        gram = x.t() @ x if gram is None else gram.addmm_(x.t(), x)
-        tokens += len(x)
-        if not cross or task.float_inputs is None:
-            continue
-        x0 = input_of(task, target, task.float_inputs, rows, weights=None)
-        if x0 is None or x0.shape != x.shape:  # routed differently
-            cross = False
-            continue
-        gap = (x0 - x).t()
-        between = gap @ x if between is None else between.addmm_(gap, x)
-    if gram is None:
+        short = None if gap is Gap.NONE else _gap(task, target, rows, gap, seen.given, seen.output)
+        complete = complete and short is not None
+        (held if i % HELD == HELD - 1 else others).add(seen.given, short)
+    wanted = gap is not Gap.NONE and complete
+    parts = [held.moments(gap=wanted), others.moments(gap=wanted)]
+    found = [p for p in parts if p is not None]
+    if not found:
         return None
-    mean = between.div_(tokens) if between is not None and cross else None
-    return Statistics(gram.div_(tokens), mean, tokens)
+    gap = gap if wanted else Gap.NONE
+    if len(found) == 1:
+        return Statistics(gap, found[0], None, None)
+    return Statistics(gap, _joined(found), parts[0], parts[1])
 
 
-def input_of(
+def _gap(
     task: BlockTask,
     target: Target,
-    bank: RowBank,
     rows: Sequence[int],
-    *,
-    weights: Mapping[str, Tensor] | None,
+    gap: Gap,
+    given: Tensor,
+    output: Tensor | None,
 ) -> Tensor | None:
-    """Return what a layer is given for some rows, float32 [T, I]; None if it is not called.
+    """Return what is missing of each token [T, E]; None where tokens do not correspond."""
+    if gap is Gap.OUTPUT:
+        assert output is not None
+        wanted = torch.stack([task.reference[r] for r in rows]).float().reshape(output.shape)
+        return wanted - output if len(output) == len(given) else None
+    assert task.float_inputs is not None
+    seen = trace(task, target, rows, weights=None)
+    if seen is None or seen.given.shape != given.shape:
+        return None
+    return seen.given - given
 
-    `weights` replaces parameters, and activations are quantized as the schemes say; None: the
-    float block. The forward ends at the layer.
-    """
-    module = task.block.get_submodule(target.ref.parameter.rpartition(".")[0])
-    seen: list[Tensor] = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:  # noqa: ARG001
-        seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
-        raise _Reached
+def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a.t() @ b if total is None else total.addmm_(a.t(), b)
 
-    targets = () if weights is None else task.targets
-    args, kwargs = bank.take(rows)
-    handle = module.register_forward_hook(hook)  # after what quantizes the activations
-    try:
-        with torch.no_grad(), quantized_activations(task.block, targets, task.ranges):
-            functional_call(task.block, dict(weights or {}), args, kwargs)
-    except _Reached:
-        return seen[0]
-    finally:
-        handle.remove()
-    return None
+
+def _joined(parts: Sequence[Moments]) -> Moments:
+    tokens = sum(p.tokens for p in parts)
+    gram = sum(p.gram * (p.tokens / tokens) for p in parts)
+    gaps = [p.gap * (p.tokens / tokens) for p in parts if p.gap is not None]
+    assert isinstance(gram, torch.Tensor)
+    return Moments(gram, torch.stack(gaps).sum(0) if gaps else None, tokens)
