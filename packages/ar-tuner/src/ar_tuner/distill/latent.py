@@ -16,7 +16,7 @@ import torch
 
 from ar_kernels import data_type
 from ar_kernels.numerics.columns import params_of
-from ar_kernels.numerics.grouping import expand, grouped
+from ar_kernels.numerics.grouping import expand
 from ar_tuner.distill.moments import Moments
 
 if TYPE_CHECKING:
@@ -85,29 +85,9 @@ class Latent:
         )
 
     def stored(self, like: Tensor) -> Tensor:
-        """Return the weight as the model's parameter: rounded, its orientation and type.
-
-        Latents beyond the range of their grid are drawn back to its end, so that they can turn.
-        """
+        """Return the weight as the model's parameter: rounded, its orientation and type."""
         with torch.no_grad():
-            value, params = self._pair()
-            spec = self.target.weight.spec
-            rounded = data_type(spec.data_type).fake_quant(value, spec, params)
-            if self.unit is not None:
-                self._draw_back(value, rounded)
-            return self.target.view(rounded).to(like.dtype).contiguous()
-
-    def _draw_back(self, scaled: Tensor, rounded: Tensor) -> None:
-        """Bring latents beyond the last value of their grid back to half a step behind it."""
-        assert self.unit is not None
-        beyond = (scaled - rounded).abs() > 0.75 * self.unit
-        if not beyond.any():
-            return
-        last = rounded + (scaled - rounded).sign() * 0.5 * self.unit
-        if self.factor is not None:
-            spec = self.target.weight.spec
-            last = last / expand(self.factor, tuple(last.shape), spec.granularity)
-        self.value.copy_(torch.where(beyond, last, self.value))
+            return self.target.view(self._rounded()).to(like.dtype).contiguous()
 
     def quantize(self) -> QuantizedWeight:
         """Return codes and scales as they stand, ranges of activations included."""
@@ -118,27 +98,34 @@ class Latent:
         kept = {k: v for k, v in before.extra.items() if k not in made.extra}
         return replace(made, extra={**made.extra, **kept})
 
-    def step(self, stored: Tensor, step: int, *, codes: float, scales: float) -> None:
-        """Move against the gradient that a stored parameter has gathered.
-
-        Straight through the rounding: a latent's gradient is that of its rounded value, a
-        factor's the sum over its group of gradient times value.
+    def step(self, grad: Tensor, step: int, *, codes: float, scales: float) -> None:
+        """Move against the gradient of the stored parameter.
 
         Args:
-            stored: what `stored` returned, with its gradient.
+            grad: of the parameter as `stored` returned it.
             step: number of the step, from 0.
             codes: step size of the latent weight, in quantization steps.
             scales: step size of the factors.
         """
-        if stored.grad is None:
+        leaves = [] if self.unit is None else [self.value]
+        leaves += [] if self.factor is None else [self.factor]
+        if not leaves:
             return
-        grad = self.target.view(stored.grad).float()
-        if self.factor is not None and self.factor_moments is not None:
-            where = self.target.weight.spec.granularity
-            product = grad * self.target.view(stored.detach()).float()
-            self.factor_moments.move(self.factor, grouped(product, where).sum(-1), step, scales)
-        if self.unit is not None and self.value_moments is not None:
-            self.value_moments.move(self.value, grad, step, self.unit * codes)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        with torch.enable_grad():
+            rounded = self._rounded()
+        grads = torch.autograd.grad(rounded, leaves, self.target.view(grad).float())
+        for leaf in leaves:
+            leaf.requires_grad_(False)  # noqa: FBT003
+        for leaf, found in zip(leaves, grads, strict=True):
+            if leaf is self.value:
+                assert self.unit is not None
+                assert self.value_moments is not None
+                self.value_moments.move(leaf, found, step, self.unit * codes)
+            else:
+                assert self.factor_moments is not None
+                self.factor_moments.move(leaf, found, step, scales)
 
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that moves, by name."""
@@ -163,6 +150,11 @@ class Latent:
             return self.value + self.value * growth, params
         floor = expand(minimum, shape, spec.granularity)
         return self.value + (self.value - floor) * growth, params
+
+    def _rounded(self) -> Tensor:
+        value, params = self._pair()
+        spec = self.target.weight.spec
+        return data_type(spec.data_type).fake_quant(value, spec, params)
 
 
 def _spacing(weight: QuantizedWeight) -> Tensor:

@@ -30,9 +30,22 @@ if TYPE_CHECKING:
 REPORTS = 10
 WARM = 5
 """Steps over which the step size grows to its full value."""
-CODES, SCALES, GAINS = 3e-3, 8e-4, 8e-4
-"""First step sizes: of latent weights in quantization steps, of scale factors, of gains relative
-to their size. The same at 2, 3 and 4 bits; twice as much loses at 2 bits, half as much at 4."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """First step sizes: of latent weights in quantization steps, of scale factors, of gains."""
+
+    codes: float
+    scales: float
+    gains: float
+
+
+def sizes(bits: int) -> Sizes:
+    """Return the step sizes for weights of a width; coarser ones have more to move."""
+    if bits <= 2:  # noqa: PLR2004
+        return Sizes(codes=4e-3, scales=3e-3, gains=2e-3)
+    return Sizes(codes=3e-3, scales=1e-3, gains=1e-3)
 
 
 class Distill:
@@ -78,7 +91,7 @@ class _Gain:
         return cls(plain, Moments.like(plain), value.dtype, size)
 
     def stored(self) -> Tensor:
-        return self.value.to(self.dtype, copy=True)  # it gets gradients, the value moves
+        return self.value.to(self.dtype, copy=True)
 
     def state(self) -> dict[str, Tensor]:
         return {"value": self.value, "first": self.moments.first, "second": self.moments.second}
@@ -109,12 +122,15 @@ def _step(
         total += float(loss.detach()) * some.shape[0] / rows.shape[0]
     share = _schedule(step, task.settings.steps)
     for latent in latents:
-        leaf = leaves[latent.target.parameter]
-        latent.step(leaf, step, codes=CODES * share, scales=SCALES * share)
+        grad = leaves[latent.target.parameter].grad
+        if grad is not None:
+            size = sizes(latent.target.weight.spec.bits)
+            latent.step(grad, step, codes=size.codes * share, scales=size.scales * share)
+    bits = min((x.target.weight.spec.bits for x in latents), default=8)
     for name, gain in gains.items():
         grad = leaves[name].grad
         if grad is not None:
-            gain.moments.move(gain.value, grad.float(), step, GAINS * share * gain.size)
+            gain.moments.move(gain.value, grad.float(), step, sizes(bits).gains * share * gain.size)
     return total
 
 
