@@ -190,7 +190,7 @@ def test_a_run_with_other_settings_is_not_resumed(ar, tmp_path, demo_model) -> N
         job.quantize_and_save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     other = AutoRound(demo_model, iters=3, nsamples=8, seqlen=32, resume=True)
-    with pytest.raises(ar_kernels.KernelError.__bases__[0], match="settings differ"):
+    with pytest.raises(ar_kernels.KernelError.__bases__[0], match=r"settings.* differ"):
         other.quantize_and_save(tmp_path / "out")
 
 
@@ -200,4 +200,4 @@ def test_the_demo_prints_one_table(ar, tmp_path) -> None:
     lines = done.stdout.splitlines()
     assert [line.split("  ")[0] for line in lines[2:5]] == ["float", "round to nearest", "tuned"]
     assert "verified: bits and logits" in done.stdout
-    assert "ar generate" in done.stdout
+    assert " generate " in done.stdout

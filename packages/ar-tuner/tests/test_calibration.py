@@ -400,6 +400,7 @@ def test_a_run_tells_where_its_rows_come_from(model, words, tmp_path) -> None:
         dataset=f"{first}:num=2,default",
         on_event=seen.append,
         **{"iters": 1, "nsamples": 4, "seqlen": 8, "batch_size": 2, "group_size": 32},
+        distill=False,
     ).quantize()
     ready = next(e for e in seen if isinstance(e, events.CalibrationReady))
     assert ready.sources == ((str(first), 2), ("default", 2))

@@ -159,6 +159,7 @@ def test_a_block_made_to_fail_is_mended_in_a_run(model, rows, monkeypatch) -> No
     monkeypatch.setattr("ar_tuner.api.algorithm", lambda _: failing)
     seen: list[events.Event] = []
     numbers = {"iters": 4, "nsamples": 8, "seqlen": 32, "batch_size": 4, "group_size": 32}
+    numbers["distill"] = False
     made = model("llama", num_hidden_layers=4)
     AutoRound(made, dataset=rows, on_event=seen.append, **numbers).quantize()
     notes = [e for e in seen if isinstance(e, events.Note)]

@@ -317,12 +317,12 @@ def test_a_stage_of_others_may_return_as_little_as_it_likes(model, many, monkeyp
 
 
 def test_gains_without_a_name_in_the_files_stay(model, many, tasks, monkeypatch) -> None:
-    names = job._source_names
+    names = job.source_names
 
     def fewer(request, prepared):
         return {k: v for k, v in names(request, prepared).items() if k != "model.norm.weight"}
 
-    monkeypatch.setattr(job, "_source_names", fewer)
+    monkeypatch.setattr(job, "source_names", fewer)
     run(model(), many)
     assert len(tasks[0].gains) == 4
     assert "model.norm.weight" not in tasks[0].gains

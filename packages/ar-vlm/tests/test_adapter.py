@@ -157,6 +157,7 @@ def test_a_vision_language_model_is_calibrated_with_a_local_file(tmp_path) -> No
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     seen: list[Any] = []
     sizes = {"nsamples": 2, "seqlen": 32, "batch_size": 2, "iters": 1, "group_size": 32}
+    sizes["distill"] = False
     made = build(llava)
     path = str(tmp_path / "a.jsonl")
     AutoRound(made, Letters(), dataset=path, on_event=seen.append, **sizes).quantize()

@@ -18,7 +18,7 @@ from ar_tuner.algorithms.second_order.goal import group_goals
 from ar_tuner.algorithms.second_order.knobs import Knobs
 from ar_tuner.algorithms.second_order.sequencing import in_order
 from ar_tuner.algorithms.second_order.solve import Problem, solve
-from ar_tuner.algorithms.signround import block_error
+from ar_tuner.algorithms.signround import SignRound, block_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +65,10 @@ class SecondOrder:
 
         weights = in_order(task, {}, handle)
         return BlockResult(weights, block_error(task, nearest_of(task)), block_error(task, weights))
+
+    def quantize_head(self, task: BlockTask) -> BlockResult:
+        """Return the output head as SignRound tunes it: its loss is no squared error."""
+        return SignRound().quantize_head(task)
 
     def _group(
         self, task: BlockTask, group: Sequence[Target], replaced: Mapping[str, Tensor]
