@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
 from ar_tuner import events
+from ar_tuner.auto_scheme.choose import Chooser, commonest
+from ar_tuner.auto_scheme.front import plan_file, write_json
+from ar_tuner.auto_scheme.request import AutoScheme
+from ar_tuner.auto_scheme.space import Terrain
+from ar_tuner.auto_scheme.terrain import size_in
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.algorithms.signround import SignRound
+from ar_tuner.auto_scheme.scorers.delta_loss import DeltaLoss
+from ar_tuner.auto_scheme.scorers.fisher import Fisher
 from ar_tuner.calibration.sources import EmbeddedTexts
 from ar_tuner.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from ar_tuner.algorithms.base import Algorithm
+    from ar_tuner.auto_scheme.scorers import Scorer
     from ar_tuner.calibration.sources import DatasetSource
 
 
@@ -24,3 +27,9 @@ def ar_register_algorithms() -> list[Algorithm]:
 def ar_register_datasets() -> list[DatasetSource]:
     """Return the built-in calibration texts."""
     return [EmbeddedTexts()]
+
+
+@hookimpl
+def ar_register_scorers() -> list[Scorer]:
+    """Return the built-in scorers of mixed precisions."""
+    return [Fisher(), DeltaLoss()]

@@ -86,6 +86,37 @@ class BlockDone(Event):
 
 
 @dataclass(frozen=True)
+class ScoringProgress(Event):
+    """Layers are being scored for a mixed precision; `eta_seconds` is None until it can be told."""
+
+    kind: ClassVar[str] = "scoring_progress"
+    stage: str
+    done: int
+    total: int
+    seconds: float
+    peak_bytes: int
+    eta_seconds: float | None
+
+
+@dataclass(frozen=True)
+class SchemeChosen(Event):
+    """A mixed precision is decided.
+
+    `layers` counts layers by option; `predicted_loss` and `measured_loss` are divergences in nats
+    per token before any tuning, the second None where it was not measured.
+    """
+
+    kind: ClassVar[str] = "scheme_chosen"
+    target: float
+    bits: float
+    bytes: int
+    predicted_loss: float
+    measured_loss: float | None
+    layers: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Note(Event):
     """Something a user should know; a warning when the result differs from what was asked."""
 
@@ -106,5 +137,13 @@ class RunFinished(Event):
 
 
 RunEvent: TypeAlias = (
-    RunStarted | CalibrationReady | BlockStarted | BlockProgress | BlockDone | Note | RunFinished
+    RunStarted
+    | CalibrationReady
+    | ScoringProgress
+    | SchemeChosen
+    | BlockStarted
+    | BlockProgress
+    | BlockDone
+    | Note
+    | RunFinished
 )

@@ -116,9 +116,12 @@ def suspended(
     entry: nn.Module,
     blocks: Sequence[nn.Module],
     batches: Sequence[Mapping[str, object]],
+    *,
+    grad: bool = False,
 ) -> Iterator[list[Frame]]:
     """Yield one frame per batch, each standing before its first block.
 
+    `grad`: what the model computes between and behind the blocks can be differentiated.
     On leaving, frames are unwound and the blocks have their own forward again. Calls of blocks
     from other threads than the frames' run normally.
     """
@@ -137,7 +140,7 @@ def suspended(
     def runner(batch: Mapping[str, object], holder: list[Frame]) -> Callable[[], object]:
         def run() -> object:
             local.frame = holder[0]
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad):
                 return entry(**batch)
 
         return run

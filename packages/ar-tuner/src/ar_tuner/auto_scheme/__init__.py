@@ -1,0 +1,1 @@
+"""Mixed precision: what each layer gets, chosen by how much the model would lose."""
