@@ -48,9 +48,7 @@ def test_a_budget_below_the_cheapest_is_refused() -> None:
 def test_the_front_is_convex_and_each_point_is_optimal_for_its_cost() -> None:
     units = instance(3)
     points = front(units)
-    slopes = [
-        (a.loss - b.loss) / (b.cost - a.cost) for a, b in itertools.pairwise(points)
-    ]
+    slopes = [(a.loss - b.loss) / (b.cost - a.cost) for a, b in itertools.pairwise(points)]
     assert slopes == sorted(slopes, reverse=True)
     for point in points:
         assert point.loss == pytest.approx(brute_force(units, point.cost), rel=1e-12)

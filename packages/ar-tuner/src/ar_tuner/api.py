@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
 from ar_tuner import events
-from ar_tuner.auto_scheme.choose import Chooser, commonest
-from ar_tuner.auto_scheme.front import plan_file, write_json
+from ar_tuner.auto_scheme.choose import Chooser, Subject
 from ar_tuner.auto_scheme.request import AutoScheme
-from ar_tuner.auto_scheme.space import Terrain
-from ar_tuner.auto_scheme.terrain import size_in
+from ar_tuner.auto_scheme.terrain import Sizer, Terrain, float_facts, terrain
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers
@@ -54,7 +52,7 @@ class AutoRound:
         model: directory of a Transformers checkpoint, or a loaded model.
         tokenizer: for a loaded model whose calibration data is text.
         scheme: preset name (`W4A16`), flat dict or `Scheme`; None: what the format implies
-            (`gguf:q4_k_m`), else W4A16.
+            (`gguf:q4_k_m`), else W4A16. An `AutoScheme` chooses one for each layer.
         dataset: calibration data: None (an embedded text), a .txt/.json/.jsonl/.parquet file, a
             list of strings or of token tensors, a DataLoader, or the name of a `datasets` set.
         on_event: called with every event of the run.
@@ -68,7 +66,7 @@ class AutoRound:
         self,
         model: str | Path | nn.Module,
         tokenizer: Any = None,
-        scheme: str | Scheme | Mapping[str, Any] | None = None,
+        scheme: str | Scheme | Mapping[str, Any] | AutoScheme | None = None,
         *,
         dataset: Any = None,
         on_event: Callable[[RunEvent], None] | None = None,
@@ -88,18 +86,40 @@ class AutoRound:
             from ar_tuner.loading import check_source
 
             self.source = check_source(self.source, allow_download=self.settings.allow_download)
+        self.chooser: Chooser | None = None
+        if isinstance(scheme, AutoScheme):
+            self.chooser = Chooser(scheme, source=self.source, emit=self.emit)
 
     def plan(self) -> LayerPlan:
-        """Return what each layer would get; loads no weights when the model is a directory."""
-        if self._prepared is not None:
-            return self._prepared.plan
+        """Return what each layer would get.
+
+        Loads no weights when the model is a directory, but for an `AutoScheme`, which has to
+        look at them.
+        """
+        if self._prepared is None and self.chooser is not None:
+            return self.prepare().plan
+        return self.draft() if self._prepared is None else self._prepared.plan
+
+    def plans(self) -> tuple[LayerPlan, ...]:
+        """Return the plan of each target of an `AutoScheme`, from one scoring."""
+        if self.chooser is None:
+            return (self.plan(),)
+        self.prepare()
+        return self.chooser.plans
+
+    def draft(self) -> LayerPlan:
+        """Return the plan as far as it is known without weights.
+
+        For an `AutoScheme` it is one in which every option occurs.
+        """
         model = self.given
         if model is None:
             from ar_tuner.loading import load_meta
 
             assert self.source is not None
             model = load_meta(self.source, trust_remote_code=self.settings.trust_remote_code)
-        return self._describe(model)[2]
+        _, _, layers, plan = self._describe(model)
+        return plan if self.chooser is None else self.chooser.draft(self._terrain(model, layers))
 
     def write_as(self, format: str | Sequence[str]) -> tuple[str, ...]:  # noqa: A002
         """Make the plan one for these formats, and return them.
@@ -112,8 +132,7 @@ class AutoRound:
             self._formats = formats
             self.scheme = self._scheme()
             if self._prepared is not None:
-                plan = self._describe(self._prepared.model)[2]
-                self._prepared = dataclasses.replace(self._prepared, plan=plan)
+                self._prepared = self._plan_for(self._prepared.model, self._prepared.tokenizer)
         return formats
 
     def quantize(self) -> tuple[nn.Module, LayerPlan]:
@@ -149,7 +168,7 @@ class AutoRound:
     def prepare(self) -> Prepared:
         """Return the loaded model with its plan; the plan is made before weights are read."""
         if self._prepared is None:
-            self.plan()
+            self.draft()
             model, tokenizer = self.given, self._tokenizer
             if model is None:
                 from ar_tuner.loading import load_model
@@ -163,8 +182,7 @@ class AutoRound:
                 )
                 tokenizer = tokenizer or found
             model.eval().requires_grad_(requires_grad=False)
-            adapter, discovery, plan = self._describe(model)
-            self._prepared = Prepared(model, tokenizer, adapter, discovery, plan)
+            self._prepared = self._plan_for(model, tokenizer)
         return self._prepared
 
     def algorithm(self) -> Algorithm:
@@ -202,23 +220,74 @@ class AutoRound:
             self._listener(event)
         host().notify("ar_run_event", event=event)
 
-    def _describe(self, model: nn.Module) -> tuple[ModelAdapter, Discovery, LayerPlan]:
+    def _plan_for(self, model: nn.Module, tokenizer: Any) -> Prepared:
+        adapter, discovery, layers, plan = self._describe(model)
+        if self.chooser is not None:
+            subject = Subject(
+                model, adapter, discovery.blocks, lambda: self._scoring_rows(model, tokenizer)
+            )
+            plan = self.chooser.choose(self._terrain(model, layers), subject)
+            self.scheme = plan.default
+        return Prepared(model, tokenizer, adapter, discovery, plan)
+
+    def _describe(
+        self, model: nn.Module
+    ) -> tuple[ModelAdapter, Discovery, list[LayerInfo], LayerPlan]:
         adapter = find_adapter(getattr(model, "config", None))
         discovery = find_blocks(model, adapter, paths=self.settings.block_paths)
-        rules = LayerRules(
+        layers = list(layers_of(model, discovery, adapter))
+        layers += self._strangers(model, layers)
+        return adapter, discovery, layers, self._resolved(model, layers, self._rules())
+
+    def _rules(self) -> LayerRules:
+        return LayerRules(
             scheme=self.scheme,
             layer_config=self.settings.layer_config,
             ignore_layers=self.settings.ignored,
             quant_lm_head=self.settings.quant_lm_head,
         )
-        layers = list(layers_of(model, discovery, adapter))
-        plan = make_plan([*layers, *self._strangers(model, layers)], rules)
+
+    def _resolved(
+        self, model: nn.Module, layers: Sequence[LayerInfo], rules: LayerRules
+    ) -> LayerPlan:
+        plan = make_plan(layers, rules)
         for name in self._formats:
             plan = adjust_plan(name, plan, self._config(model))
         shared = "float16" if len(self._formats) > 1 else None  # what every format can hold
         plan = with_scale_dtype(plan, self.settings.scale_dtype or shared)
         _check_computable(plan)
-        return adapter, discovery, plan
+        return plan
+
+    def _terrain(self, model: nn.Module, layers: Sequence[LayerInfo]) -> Terrain:
+        """Return what an `AutoScheme` chooses on."""
+        return terrain(
+            layers,
+            self._rules(),
+            resolve=lambda rules: self._resolved(model, layers, rules),
+            size=Sizer(self._formats, self._config(model), float_facts(model, self.source)),
+        )
+
+    def _scoring_rows(self, model: nn.Module, tokenizer: Any) -> Tensor:
+        """Return the tokens [N, T] that an `AutoScheme` scores with."""
+        from ar_tuner.calibration import calibration_rows, check_seqlen
+
+        assert self.chooser is not None
+        asked = self.chooser.asked
+        rows, report = calibration_rows(
+            self.dataset if asked.dataset is None else asked.dataset,
+            tokenizer,
+            nsamples=asked.number("nsamples"),
+            seqlen=check_seqlen(
+                asked.number("seqlen"),
+                getattr(model, "config", None),
+                asked=asked.seqlen is not None,
+            ),
+            seed=asked.seed,
+            allow_download=self.settings.allow_download,
+        )
+        for note in report.notes():
+            self.emit(events.Note("warning", note))
+        return rows
 
     def _strangers(self, model: nn.Module, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
         if self.source is None:
@@ -236,6 +305,8 @@ class AutoRound:
 
     def _scheme(self) -> Scheme:
         which = self._asked
+        if isinstance(which, AutoScheme):
+            return next(iter(which.schemes.values()))
         if which is None:
             implied = {f: scheme_for_format(f) for f in self._formats}
             names = sorted({name for name in implied.values() if name is not None})

@@ -87,10 +87,13 @@ class BlockDone(Event):
 
 @dataclass(frozen=True)
 class ScoringProgress(Event):
-    """Layers are being scored for a mixed precision; `eta_seconds` is None until it can be told."""
+    """Layers are scored for a mixed precision, or some predictions measured (`probing`).
+
+    `eta_seconds` is None until it can be told.
+    """
 
     kind: ClassVar[str] = "scoring_progress"
-    stage: str
+    stage: Literal["scoring", "probing"]
     done: int
     total: int
     seconds: float
@@ -102,8 +105,8 @@ class ScoringProgress(Event):
 class SchemeChosen(Event):
     """A mixed precision is decided.
 
-    `layers` counts layers by option; `predicted_loss` and `measured_loss` are divergences in nats
-    per token before any tuning, the second None where it was not measured.
+    `layers` counts layers by option; `predicted_loss` is a divergence in nats per token, before
+    any tuning.
     """
 
     kind: ClassVar[str] = "scheme_chosen"
@@ -111,7 +114,6 @@ class SchemeChosen(Event):
     bits: float
     bytes: int
     predicted_loss: float
-    measured_loss: float | None
     layers: Mapping[str, int]
     seconds: float
 

@@ -56,7 +56,7 @@ def quantize_to_directory(
 ) -> tuple[nn.Module, Path]:
     """Quantize and write a checkpoint; see `AutoRound.quantize_and_save`."""
     began = time.perf_counter()
-    plan = request.plan()
+    plan = request.draft()
     _open_sinks(request, plan, output, formats, None).abort()  # refuse before work
     prepared = request.prepare()
     sink = _open_sinks(request, prepared.plan, output, formats, prepared)

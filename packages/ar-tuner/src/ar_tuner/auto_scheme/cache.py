@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ar_schemes import Scheme
     from ar_tuner.auto_scheme.scorers import Values
@@ -31,8 +31,9 @@ class ScoreCache:
         self._path = path
         self._key = dict(key)
         self._values: dict[str, dict[str, list[float]]] = {}
+        self._measured: dict[str, float] = {}
         if path is not None and path.is_file():
-            self._values = _read(path, self._key)
+            self._values, self._measured = _read(path, self._key)
 
     def known(self, open_to: Mapping[str, Mapping[str, Scheme]]) -> dict[str, Values]:
         """Return the values at hand by layer and option name."""
@@ -48,10 +49,27 @@ class ScoreCache:
         """Add the values of a layer."""
         here = self._values.setdefault(layer, {})
         here |= {_id(named[option]): list(value) for option, value in values.items()}
+        self._write()
+
+    def measured(self, layers: Sequence[str], which: Scheme) -> float | None:
+        """Return what was measured for some layers under a scheme, or None."""
+        return self._measured.get(_probe(layers, which))
+
+    def save_measured(self, found: Iterable[tuple[Sequence[str], Scheme, float]]) -> None:
+        """Add what was measured, (layers, scheme, divergence) each."""
+        self._measured |= {_probe(layers, which): loss for layers, which, loss in found}
+        self._write()
+
+    def _write(self) -> None:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        document = {"version": VERSION, "key": self._key, "values": self._values}
+        document = {
+            "version": VERSION,
+            "key": self._key,
+            "values": self._values,
+            "measured": self._measured,
+        }
         part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
         with part.open("w", encoding="utf-8") as file:
             json.dump(document, file)
@@ -72,10 +90,17 @@ def _id(scheme: Scheme) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+def _probe(layers: Sequence[str], which: Scheme) -> str:
+    return f"{_id(which)}:{','.join(layers)}"
+
+
+def _read(
+    path: Path, key: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, float]]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        version, known, values = document["version"], document["key"], document["values"]
+        version, known = document["version"], document["key"]
+        values, measured = document["values"], document["measured"]
     except (ValueError, KeyError, TypeError) as error:
         msg = f"score cache {path} cannot be read ({error}); remove it or name another file"
         raise TunerError(msg) from error
@@ -87,5 +112,4 @@ def _read(path: Path, key: Mapping[str, Any]) -> dict[str, dict[str, list[float]
             "remove it or name another file"
         )
         raise TunerError(msg)
-    found: dict[str, dict[str, list[float]]] = values
-    return found
+    return values, measured

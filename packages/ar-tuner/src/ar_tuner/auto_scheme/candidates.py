@@ -142,9 +142,7 @@ class Candidate:
         return self.target.scheme.activation
 
 
-def ranges_of(
-    open_to: Mapping[str, Scheme], inputs: Inputs
-) -> dict[str, Tensor]:
+def ranges_of(open_to: Mapping[str, Scheme], inputs: Inputs) -> dict[str, Tensor]:
     """Return the static range of each layer's input under one scheme each, by layer.
 
     Members of a fused group share the largest; a layer that saw nothing gets that of all.

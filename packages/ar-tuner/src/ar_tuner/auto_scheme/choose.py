@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,11 +19,12 @@ from ar_tuner.auto_scheme.front import Choice
 from ar_tuner.auto_scheme.objective import (
     bits_of,
     budget_for,
-    bytes_for,
     front_of,
     loss_of,
     solved,
 )
+from ar_tuner.auto_scheme.probes import FLOOR, factors, measured
+from ar_tuner.auto_scheme.probes import chosen as chosen_probes
 from ar_tuner.auto_scheme.scorers.base import ScoreTask
 from ar_tuner.auto_scheme.space import find_space
 from ar_tuner.loading import checked_device
@@ -35,39 +37,55 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ar_schemes import LayerPlan, Scheme
+    from ar_schemes import LayerPlan
     from ar_tuner.adapters import ModelAdapter
     from ar_tuner.auto_scheme.objective import Budget
+    from ar_tuner.auto_scheme.probes import Probe
     from ar_tuner.auto_scheme.request import AutoScheme
     from ar_tuner.auto_scheme.scorers import Scores
-    from ar_tuner.auto_scheme.space import Space, Terrain
-    from ar_tuner.blocks import Discovery
+    from ar_tuner.auto_scheme.space import Space
+    from ar_tuner.auto_scheme.terrain import Terrain
+    from ar_tuner.blocks import Block
     from ar_tuner.events import RunEvent
 
 _RETRIES = 8
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The model to choose for, with its float weights; `rows` gives the tokens to score with."""
+
+    model: nn.Module
+    adapter: ModelAdapter
+    blocks: tuple[Block, ...]
+    rows: Callable[[], Tensor]
+
+
 class Chooser:
-    """Chooses the schemes of one model; layers are scored once, however often it is asked."""
+    """Chooses the schemes of one model; layers are scored once, however often it is asked.
+
+    Args:
+        asked: what the user wants.
+        source: directory of the model, None for one in memory.
+        emit: tells listeners of an event.
+
+    Attributes:
+        choices: what was chosen, one for each target.
+        plans: the plans of that.
+        probes: predictions that were checked by measuring.
+    """
 
     def __init__(
-        self,
-        asked: AutoScheme,
-        *,
-        source: Path | None,
-        rows: Callable[[Any, int, int, int], Tensor],
-        emit: Callable[[RunEvent], None],
+        self, asked: AutoScheme, *, source: Path | None, emit: Callable[[RunEvent], None]
     ) -> None:
-        """Take what stays the same.
-
-        `rows` returns token rows for (dataset, nsamples, seqlen, seed), `emit` tells listeners.
-        """
         self.asked = asked
         self.choices: tuple[Choice, ...] = ()
+        self.plans: tuple[LayerPlan, ...] = ()
         self._source = source
-        self._rows = rows
+        self.probes: tuple[Probe, ...] = ()
         self._emit = emit
-        self._scores: dict[str, Scores] = {}
+        self._rows: Tensor | None = None
+        self._cache: ScoreCache | None = None
         scorer(asked.scorer)  # an unknown method is refused before work
 
     def draft(self, terrain: Terrain) -> LayerPlan:
@@ -85,14 +103,12 @@ class Chooser:
         }
         return terrain.plan(space.schemes(picks))
 
-    def choose(
-        self, terrain: Terrain, model: nn.Module, adapter: ModelAdapter, discovery: Discovery
-    ) -> list[LayerPlan]:
-        """Return the plan of each target, and keep what was chosen in `choices`."""
+    def choose(self, terrain: Terrain, subject: Subject) -> LayerPlan:
+        """Return the plan of the first target, and keep all that was chosen."""
         began = time.perf_counter()
         space = find_space(self.asked, terrain)
         budgets = self._budgets(space)
-        losses = self._scored(space, model, adapter, discovery)
+        losses = self._scored(space, subject)
         chosen, plans = [], []
         for budget in budgets:
             picks = self._within(space, terrain, budget, losses)
@@ -100,16 +116,15 @@ class Chooser:
                 target=budget.target,
                 picks=picks,
                 bits=bits_of(space, picks, codes_only=budget.codes_only),
-                bytes=bytes_for(space, picks),
+                bytes=terrain.size(terrain.plan(space.schemes(picks))).total,
                 loss=loss_of(picks, losses),
-                measured=None,
                 front=front_of(space, budget, losses),
             )
             chosen.append(choice)
             plans.append(terrain.plan(space.schemes(picks)))
             self._emit(_chosen(choice, time.perf_counter() - began))
-        self.choices = tuple(chosen)
-        return plans
+        self.choices, self.plans = tuple(chosen), tuple(plans)
+        return plans[0]
 
     def _budgets(self, space: Space) -> list[Budget]:
         asked = self.asked
@@ -135,33 +150,25 @@ class Chooser:
             picks = solved(space, budget, losses)
         return picks
 
-    def _scored(
-        self, space: Space, model: nn.Module, adapter: ModelAdapter, discovery: Discovery
-    ) -> Scores:
+    def _scored(self, space: Space, subject: Subject) -> Scores:
         asked = self.asked
-        numbers = [asked.number(n) for n in ("nsamples", "seqlen")]
-        rows = self._rows(asked.dataset, numbers[0], numbers[1], asked.seed)
+        if self._rows is None:
+            self._rows = subject.rows()
+        if self._cache is None:
+            self._cache = self._open_cache(subject.model, self._rows)
+        cache = self._cache
         open_to = {
             layer: {o: space.options[o] for o in space.options if (layer, o) in space.bits}
             for layer in space.layers
         }
-        key = {
-            "model": model_digest(model, self._source),
-            "text": rows_digest(rows),
-            "method": asked.scorer,
-            "batch_size": asked.number("batch_size"),
-            "seed": asked.seed,
-            "torch": torch.__version__.split("+")[0],
-        }
-        cache = ScoreCache(_cache_path(asked, key), key)
         known = cache.known(open_to)
         task = ScoreTask(
-            model=model,
-            adapter=adapter,
-            blocks=discovery.blocks,
+            model=subject.model,
+            adapter=subject.adapter,
+            blocks=subject.blocks,
             layers=space.layers,
             open_to=open_to,
-            rows=rows,
+            rows=self._rows,
             batch_size=asked.number("batch_size"),
             seed=asked.seed,
             by_block=asked.low_gpu_mem_usage,
@@ -171,13 +178,49 @@ class Chooser:
             report=self._reporter("scoring"),
         )
         chosen = scorer(asked.scorer)
-        values = known
-        if any(task.missing(layer) for layer in space.layers):
-            with moved(model, asked.device_map):
+        with moved(subject.model, asked.device_map):
+            values = known
+            if any(task.missing(layer) for layer in space.layers):
                 values = {**known, **chosen.values(task)}
-        return chosen.scores(values, rows.numel())
+            losses = chosen.scores(values, self._rows.numel())
+            if not (asked.calibrate and chosen.calibrated):
+                return losses
+            self.probes = self._probed(space, task, losses)
+        scale = factors(self.probes, list(space.options))
+        return {(layer, o): loss * scale[o] for (layer, o), loss in losses.items()}
 
-    def _reporter(self, stage: str) -> Callable[[int, int], None]:
+    def _probed(self, space: Space, task: ScoreTask, losses: Scores) -> tuple[Probe, ...]:
+        """Return predictions beside measurements; what the cache has is not measured again."""
+        assert self._cache is not None
+        dtype = next(task.model.parameters()).dtype
+        probes = chosen_probes(space.units, losses, floor=FLOOR.get(dtype, 0.0))
+        out, new = [], []
+        for probe in probes:
+            found = self._cache.measured(probe.unit.layers, space.options[probe.option])
+            (new if found is None else out).append(
+                dataclasses.replace(probe, measured=found or 0.0)
+            )
+        if new:
+            done = measured(task, new, self._reporter("probing"))
+            self._cache.save_measured(
+                (p.unit.layers, space.options[p.option], p.measured) for p in done
+            )
+            out += done
+        return tuple(out)
+
+    def _open_cache(self, model: nn.Module, rows: Tensor) -> ScoreCache:
+        asked = self.asked
+        key = {
+            "model": model_digest(model, self._source),
+            "text": rows_digest(rows),
+            "method": asked.scorer,
+            "batch_size": asked.number("batch_size"),
+            "seed": asked.seed,
+            "torch": torch.__version__.split("+")[0],
+        }
+        return ScoreCache(_cache_path(asked, key), key)
+
+    def _reporter(self, stage: Literal["scoring", "probing"]) -> Callable[[int, int], None]:
         began = time.perf_counter()
 
         def report(done: int, total: int) -> None:
@@ -203,15 +246,6 @@ def moved(model: nn.Module, device: str | None) -> Iterator[None]:
         model.to(home)
 
 
-def commonest(schemes: Mapping[str, Scheme], weights: Mapping[str, int]) -> Scheme:
-    """Return the scheme that most weights have, of those that quantize."""
-    count: Counter[Scheme] = Counter()
-    for layer, which in schemes.items():
-        if which.weight is not None:
-            count[which] += weights[layer]
-    return count.most_common(1)[0][0]
-
-
 def _cache_path(asked: AutoScheme, key: Mapping[str, Any]) -> Path | None:
     if asked.cache is False:
         return None
@@ -226,7 +260,6 @@ def _chosen(choice: Choice, seconds: float) -> events.SchemeChosen:
         bits=choice.bits,
         bytes=choice.bytes,
         predicted_loss=choice.loss,
-        measured_loss=choice.measured,
         layers=Counter(choice.picks.values()),
         seconds=seconds,
     )

@@ -45,8 +45,6 @@ class Choice:
         bits: average bits per weight, counted as the target is.
         bytes: size of the weight files.
         loss: predicted divergence, nats per token.
-        measured: divergence that was measured with searched scales before any tuning, None where
-            nothing was measured.
         front: the plans of least predicted loss for their size, smallest first.
     """
 
@@ -55,7 +53,6 @@ class Choice:
     bits: float
     bytes: int
     loss: float
-    measured: float | None
     front: tuple[FrontPoint, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +62,6 @@ class Choice:
             "bits": self.bits,
             "bytes": self.bytes,
             "predicted_loss": self.loss,
-            "measured_loss": self.measured,
             "layers": dict(self.picks),
             "front": [p.to_dict() for p in self.front],
         }

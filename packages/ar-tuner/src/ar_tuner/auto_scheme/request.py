@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ar_schemes import Scheme, scheme
 from ar_tuner.errors import TunerError
 from ar_tuner.settings import bytes_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DEFAULTS = {"nsamples": 64, "seqlen": 256, "batch_size": 1}
 ENVIRONMENT = {name: f"AR_AUTO_SCHEME_{name.upper()}" for name in DEFAULTS}
@@ -41,7 +43,7 @@ class AutoScheme:
         low_gpu_mem_usage: keep the graph of one block alive at a time, not that of the model.
         low_cpu_mem_usage: keep the options of a block as codes, a quarter of their float size.
         target_size: size of the weight files instead of `avg_bits`: `3.2GB`, or bytes.
-        refine: rounds in which the plan is improved by what is measured at the plan itself.
+        calibrate: measure some predictions and scale those of each option by what was found.
         seed: of the sampled labels.
         cache: file that keeps the scores, None for one in the user's cache directory, or False.
     """
@@ -60,7 +62,7 @@ class AutoScheme:
     low_gpu_mem_usage: bool = True
     low_cpu_mem_usage: bool = True
     target_size: str | int | None = None
-    refine: int = 4
+    calibrate: bool = True
     seed: int = 42
     cache: str | Path | bool | None = None
 
@@ -82,9 +84,6 @@ class AutoScheme:
                 f"shared_layers {self.shared_layers!r} is not allowed: use a list of lists of "
                 "names, such as [['q_proj', 'k_proj', 'v_proj']]"
             )
-            raise TunerError(msg)
-        if isinstance(self.refine, bool) or not isinstance(self.refine, int) or self.refine < 0:
-            msg = f"refine {self.refine!r} is not allowed: use a number of rounds, 0 for none"
             raise TunerError(msg)
         for name in DEFAULTS:
             _ = self.number(name)

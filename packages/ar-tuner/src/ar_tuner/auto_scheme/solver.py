@@ -152,9 +152,7 @@ def _exact(units: Sequence[Choices], budget: int, start: Solution, slope: float)
         cost, loss, parent, option = _extended(cost, loss, unit)
         bound = loss + slope * cost + (rest - slope * budget)
         keep = (cost + rest_cost <= budget) & (bound < start.loss)
-        cost, loss, parent, option, bound = (
-            t[keep] for t in (cost, loss, parent, option, bound)
-        )
+        cost, loss, parent, option, bound = (t[keep] for t in (cost, loss, parent, option, bound))
         keep = _undominated(cost, loss)
         if len(keep) > MAX_STATES:
             order = bound[keep].argsort(stable=True)
@@ -173,9 +171,7 @@ def _exact(units: Sequence[Choices], budget: int, start: Solution, slope: float)
     return _solution(units, best.picks, min(best.loss, dropped))
 
 
-def _extended(
-    cost: Tensor, loss: Tensor, unit: Choices
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _extended(cost: Tensor, loss: Tensor, unit: Choices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return every partial solution with every option of one more unit, sorted by cost."""
     states, options = len(cost), len(unit.costs)
     costs = (cost[:, None] + torch.tensor(unit.costs, dtype=torch.int64)).reshape(-1)

@@ -7,36 +7,19 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ar_schemes import PlanSize, SchemeError, make_plan, matches
+from ar_schemes import SchemeError, make_plan, matches
 from ar_tuner.errors import TunerError
 from ar_tuner.fused import fused_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from ar_schemes import LayerInfo, LayerPlan, LayerRules, Scheme
+    from ar_schemes import LayerInfo, PlanSize, Scheme
     from ar_tuner.auto_scheme.request import AutoScheme
+    from ar_tuner.auto_scheme.terrain import Terrain
 
 _EXPERTS = re.compile(r"^(.*\bexperts)\.")
 _FLOAT_BYTES = 2
-
-
-@dataclass(frozen=True)
-class Terrain:
-    """What the choice is made on.
-
-    Attributes:
-        layers: every layer of the model.
-        rules: what the user wants beside the options; its scheme is replaced by each of them.
-        plan: the plan of a choice: schemes by layer, for the free layers.
-        size: what a plan takes in the formats asked for, the largest of them for each layer;
-            without a format, what the schemes say.
-    """
-
-    layers: tuple[LayerInfo, ...]
-    rules: LayerRules
-    plan: Callable[[Mapping[str, Scheme]], LayerPlan]
-    size: Callable[[LayerPlan], PlanSize]
 
 
 @dataclass(frozen=True)
@@ -92,8 +75,7 @@ def find_space(asked: AutoScheme, terrain: Terrain) -> Space:
     options = asked.schemes
     open_to, reasons = _available(options, terrain)
     held = {
-        option: terrain.size(terrain.plan(_uniform(options, open_to, option)))
-        for option in options
+        option: terrain.size(terrain.plan(_uniform(options, open_to, option))) for option in options
     }
     for option, size in held.items():
         for layer, why in size.refused.items():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from ar_tuner.errors import TunerError
 from ar_tuner.walk import suspended, trace_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import nn
@@ -132,7 +131,8 @@ def _answer(
     listener: Listener, block: nn.Module, index: int, frame: Frame, weights: Mapping[str, Tensor]
 ) -> tuple[_Stop, object]:
     call = frame.call
-    assert call is not None and call.index == index
+    assert call is not None
+    assert call.index == index
     with torch.no_grad(), listener.running(index, back=False):
         output = functional_call(block, dict(weights), call.args, call.kwargs)
     leaves: list[Tensor] = []
@@ -172,18 +172,26 @@ def _back(passing: Sweep, listener: Listener, index: int, stops: list[_Stop]) ->
         args, kwargs = mapped((stop.call.args, stop.call.kwargs), leaf)
         with torch.enable_grad(), listener.running(index, back=True):
             output = functional_call(block, weights, args, kwargs)
-        outputs: list[Tensor] = []
-        mapped(output, lambda t: outputs.append(t) if t.is_floating_point() else None)
-        _differentiate(outputs, [leaf.grad for leaf in stop.leaves])
-        listener.felt(
-            index, number, {n: w.grad for n, w in wanted.items() if w.grad is not None}
-        )
+        _differentiate(_floats(output), [leaf.grad for leaf in stop.leaves])
+        listener.felt(index, number, {n: w.grad for n, w in wanted.items() if w.grad is not None})
         for weight in wanted.values():
             weight.grad = None
         _differentiate(
             [tensor for tensor, _ in fresh.values()], [copy.grad for _, copy in fresh.values()]
         )
         listener.sent(number)
+
+
+def _floats(output: object) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            found.append(tensor)
+        return tensor
+
+    mapped(output, note)
+    return found
 
 
 def _differentiate(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -193,9 +201,7 @@ def _differentiate(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ]
     if pairs:
         # kept: several blocks may hang on one thing that was computed before all of them
-        torch.autograd.backward(
-            [o for o, _ in pairs], [g for _, g in pairs], retain_graph=True
-        )
+        torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs], retain_graph=True)
 
 
 def sweep_whole(passing: Sweep, listener: Listener) -> None:
@@ -215,7 +221,9 @@ def sweep_whole(passing: Sweep, listener: Listener) -> None:
     replaced = {k: w for i in indices for k, w in named(i, listener.weights(i)).items()}
     with torch.no_grad(), _all_running(listener, indices, back=False):
         for rows in passing.batches:
-            functional_call(entry, replaced, kwargs=passing.adapter.inputs(passing.model, rows))
+            functional_call(
+                entry, replaced, kwargs=dict(passing.adapter.inputs(passing.model, rows))
+            )
     wanted = {
         i: {n: w.detach().requires_grad_() for n, w in listener.wanted(i).items()}
         for i in reversed(indices)
@@ -223,7 +231,7 @@ def sweep_whole(passing: Sweep, listener: Listener) -> None:
     weights = {**replaced, **{k: w for i, ws in wanted.items() for k, w in named(i, ws).items()}}
     for number, rows in enumerate(passing.batches):
         with torch.enable_grad(), _all_running(listener, indices, back=True):
-            inputs = passing.adapter.inputs(passing.model, rows)
+            inputs = dict(passing.adapter.inputs(passing.model, rows))
             logits = logits_of(functional_call(entry, weights, kwargs=inputs))
         torch.autograd.backward(listener.loss(logits, rows, number))
         for i, leaves in wanted.items():

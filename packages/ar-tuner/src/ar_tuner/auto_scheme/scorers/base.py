@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torch import Tensor, nn
 
     from ar_schemes import LayerInfo, Scheme
@@ -76,6 +77,10 @@ class Scorer(Protocol):
     @property
     def name(self) -> str:
         """Identifier, `fisher`; the `method` of `AutoScheme`."""
+
+    @property
+    def calibrated(self) -> bool:
+        """True when scores are divergences, which a few measurements may scale, by option."""
 
     def values(self, task: ScoreTask) -> dict[str, Values]:
         """Return the values of every layer and option that is not known, as also saved."""

@@ -33,6 +33,7 @@ class DeltaLoss:
     """Scorer `delta_loss`."""
 
     name = "delta_loss"
+    calibrated = False
 
     def values(self, task: ScoreTask) -> dict[str, Values]:
         """Return the sum over the batches for each layer and option."""
@@ -120,7 +121,7 @@ class _DeltaListener(Listener):
         finally:
             for name, module in self._outer.items():
                 weight = weight_of(module)
-                weight.requires_grad_(requires_grad=False)
+                weight.requires_grad = False
                 weight.grad = None
                 weight.data = self._floats[name]
 
@@ -128,10 +129,11 @@ class _DeltaListener(Listener):
         """Return the quantized weights of a block."""
         block = self._task.blocks[index]
         if index not in self._made:
-            open_to = {layer: {self._option: which} for layer, which in self._schemes[index].items()}
+            schemes = self._schemes[index]
+            open_to = {layer: {self._option: which} for layer, which in schemes.items()}
             made = self._task.maker.of_block(block, open_to, self._inputs[index])
             self._candidates |= {layer: candidate for (layer, _), candidate in made.items()}
-            self._ranges |= ranges_of(self._schemes[index], self._inputs[index])
+            self._ranges |= ranges_of(schemes, self._inputs[index])
             self._made.add(index)
         out = {}
         for ref in self._refs[index]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +29,7 @@ from ar_tuner.auto_scheme.sweep import Listener, Sweep, sweep, sweep_whole
 from ar_tuner.blocks import weight_of, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -48,6 +47,7 @@ class Fisher:
     """Scorer `fisher`."""
 
     name = "fisher"
+    calibrated = True
 
     def values(self, task: ScoreTask) -> dict[str, Values]:
         """Return (rows, whole, relative variance of whole, activations), sums over the tokens."""
@@ -128,7 +128,7 @@ class _FisherListener(Listener):
         finally:
             for module in self._outer.values():
                 weight = weight_of(module)
-                weight.requires_grad_(requires_grad=False)
+                weight.requires_grad = False
                 weight.grad = None
 
     @contextlib.contextmanager
@@ -235,9 +235,10 @@ class _FisherListener(Listener):
             def meet(gradient: Tensor) -> None:
                 for option, spec in specs.items():
                     key = (layer, option)
-                    error = fake_quant_activation(
-                        x.detach(), spec, static=self._ranges.get(key)
-                    ) - x.detach().float()
+                    error = (
+                        fake_quant_activation(x.detach(), spec, static=self._ranges.get(key))
+                        - x.detach().float()
+                    )
                     moved = (gradient.float() * error).square().sum()
                     self._activations[key] = self._activations.get(key, 0.0) + moved
 

@@ -1,0 +1,176 @@
+"""Predictions against what is measured: a few layers changed one at a time, the rest as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ar_tuner.activations import quantized_activations
+from ar_tuner.auto_scheme.candidates import Inputs, ranges_of
+from ar_tuner.auto_scheme.sweep import logits_of
+from ar_tuner.blocks import weight_of, weights_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor, nn
+
+    from ar_schemes import Scheme
+    from ar_tuner.auto_scheme.candidates import Candidate
+    from ar_tuner.auto_scheme.scorers import Scores, ScoreTask
+    from ar_tuner.auto_scheme.space import Unit
+    from ar_tuner.blocks import Block
+
+PROBES = 16
+ROWS = 16
+"""Rows that a probe is measured on."""
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 3e-4}
+"""Divergence, nats per token, that rounding alone may cause where anything changes (measured)."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One unit under one option: what was predicted, and measured, in nats per token."""
+
+    unit: Unit
+    option: str
+    predicted: float
+    measured: float = 0.0
+
+
+def chosen(units: Sequence[Unit], losses: Scores, *, floor: float) -> list[Probe]:
+    """Return units to measure: for each option some, spread over the range of predictions.
+
+    Only those whose predicted loss is above `floor`: of others, rounding would be measured.
+    """
+    options = dict.fromkeys(option for _, option in losses)
+    out = []
+    for option in options:
+        here = sorted(
+            (
+                Probe(unit, option, sum(losses[layer, option] for layer in unit.layers))
+                for unit in units
+                if all((layer, option) in losses for layer in unit.layers)
+            ),
+            key=lambda probe: (probe.predicted, probe.unit.name),
+        )
+        here = [probe for probe in here if probe.predicted > floor]
+        count = min(len(here), max(2, PROBES // len(options)))
+        out += [here[(2 * i + 1) * len(here) // (2 * count)] for i in range(count)]
+    return out
+
+
+def factors(probes: Sequence[Probe], options: Sequence[str]) -> dict[str, float]:
+    """Return, by option, what predictions are to be multiplied by: the mean of logarithms.
+
+    Options without a usable probe get the mean of all.
+    """
+    ratios: dict[str, list[float]] = {}
+    for probe in probes:
+        if probe.measured > 0 and probe.predicted > 0:
+            ratios.setdefault(probe.option, []).append(math.log(probe.measured / probe.predicted))
+    every = [r for found in ratios.values() for r in found]
+    overall = math.exp(sum(every) / len(every)) if every else 1.0
+    return {
+        option: math.exp(sum(found) / len(found)) if (found := ratios.get(option)) else overall
+        for option in options
+    }
+
+
+def measured(
+    task: ScoreTask, probes: Sequence[Probe], report: Callable[[int, int], None]
+) -> list[Probe]:
+    """Return the probes with their divergence from the float model on the first rows."""
+    rows = task.rows[:ROWS].to(next(task.model.parameters()).device)
+    batches = [rows[i : i + 1] for i in range(len(rows))]
+    changes = _changes(task, probes, batches)
+    totals = [0.0] * len(probes)
+    with torch.no_grad():
+        for done, batch in enumerate(batches):
+            reference = _log_probs(task, batch)
+            for number, change in enumerate(changes):
+                with change.installed():
+                    other = _log_probs(task, batch)
+                totals[number] += float((reference.exp() * (reference - other)).sum())
+            report(done + 1, len(batches))
+    return [
+        Probe(probe.unit, probe.option, probe.predicted, total / rows.numel())
+        for probe, total in zip(probes, totals, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Candidates to put in the place of parameters for a while, and the ranges of their inputs."""
+
+    places: tuple[tuple[nn.Module, Tensor, Candidate], ...]
+    ranges: dict[str, Tensor]
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        kept = [parameter.data for _, parameter, _ in self.places]
+        active = [(m, c.target) for m, _, c in self.places if c.activation is not None]
+        with contextlib.ExitStack() as stack:
+            for module, target in active:
+                stack.enter_context(quantized_activations(module, (target,), self.ranges))
+            try:
+                for _, parameter, candidate in self.places:
+                    value = candidate.target.ref.view(candidate.weight())
+                    parameter.data = value.to(parameter.dtype).contiguous()
+                yield
+            finally:
+                for (_, parameter, _), data in zip(self.places, kept, strict=True):
+                    parameter.data = data
+
+
+def _changes(task: ScoreTask, probes: Sequence[Probe], batches: Sequence[Tensor]) -> list[_Change]:
+    blocks = {block.name: block for block in task.blocks}
+    wanted: dict[str, list[str]] = {}
+    for probe in probes:
+        for layer in probe.unit.layers:
+            name = task.layers[layer].block
+            if name is not None and layer not in wanted.setdefault(name, []):
+                wanted[name].append(layer)
+    inputs = {name: Inputs() for name in wanted}
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for name, layers in wanted.items():
+            refs = weights_of(blocks[name], layers)
+            stack.enter_context(inputs[name].gathered(blocks[name].module, refs))
+        for batch in batches:
+            _log_probs(task, batch)
+    return [_change(task, probe, blocks, inputs) for probe in probes]
+
+
+def _change(
+    task: ScoreTask, probe: Probe, blocks: dict[str, Block], inputs: dict[str, Inputs]
+) -> _Change:
+    places: list[tuple[nn.Module, Tensor, Candidate]] = []
+    ranges: dict[str, Tensor] = {}
+    by_block: dict[str | None, dict[str, Scheme]] = {}
+    for name in probe.unit.layers:
+        mine = by_block.setdefault(task.layers[name].block, {})
+        mine[name] = task.open_to[name][probe.option]
+    for where, schemes in by_block.items():
+        if where is None:
+            for name, which in schemes.items():
+                module = task.model.get_submodule(name)
+                made = task.maker.outside(module, name, which)
+                places.append((module, weight_of(module), made))
+            continue
+        block = blocks[where]
+        open_to = {name: {probe.option: which} for name, which in schemes.items()}
+        for candidate in task.maker.of_block(block, open_to, inputs[where]).values():
+            parameter = block.module.get_parameter(candidate.target.ref.parameter)
+            places.append((block.module, parameter, candidate))
+        ranges |= ranges_of(schemes, inputs[where])
+    return _Change(tuple(places), ranges)
+
+
+def _log_probs(task: ScoreTask, rows: Tensor) -> Tensor:
+    entry = task.adapter.entry(task.model)
+    logits = logits_of(entry(**task.adapter.inputs(task.model, rows)))
+    return torch.log_softmax(logits.float(), -1)
