@@ -194,7 +194,8 @@ class Chooser:
         assert self._cache is not None
         dtype = next(task.model.parameters()).dtype
         probes = chosen_probes(space.units, losses, floor=FLOOR.get(dtype, 0.0))
-        out, new = [], []
+        out: list[Probe] = []
+        new: list[Probe] = []
         for probe in probes:
             found = self._cache.measured(probe.unit.layers, space.options[probe.option])
             (new if found is None else out).append(
