@@ -87,7 +87,7 @@ def main() -> None:
                 out = args.out / f"{name}-{scheme}-{recipe}"
                 seconds = statistics.median(t["seconds"] for t in timed[name])
                 peak = statistics.median(t["peak"] for t in timed[name])
-                scores = _score(args, out)
+                scores = score(args, out)
                 print(
                     f"| {scheme} | {recipe} | {name} | {scores['kl']:.5f} | {scores['ppl']:.3f} "
                     f"| {scores['top1']:.4f} | {scores['bytes']} | {seconds:.1f} | {peak:.0f} |",
@@ -117,7 +117,11 @@ def _run(
     return result
 
 
-def _score(args: argparse.Namespace, out: Path) -> dict[str, float]:
+def score(args: argparse.Namespace, out: Path) -> dict[str, float]:
+    """Return KL, perplexity, top-1 agreement and weight bytes of a checkpoint.
+
+    `args` has the float model, the text and the length of a window.
+    """
     candidate = next(out.rglob("config.json")).parent  # the reference adds a folder for some
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
 from ar_tuner import events
 from ar_tuner.auto_scheme.choose import Chooser, Subject
+from ar_tuner.auto_scheme.front import plan_file, write_json
 from ar_tuner.auto_scheme.request import AutoScheme
 from ar_tuner.auto_scheme.terrain import Sizer, Terrain, float_facts, terrain
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
@@ -106,6 +107,26 @@ class AutoRound:
             return (self.plan(),)
         self.prepare()
         return self.chooser.plans
+
+    def front(self) -> dict[str, Any]:
+        """Return what an `AutoScheme` chose, the front it chose from and what was measured.
+
+        Raises:
+            TunerError: the scheme is no `AutoScheme`.
+        """
+        if self.chooser is None:
+            msg = f"scheme {self.scheme.name} is the same everywhere: there is no front to show"
+            raise TunerError(msg)
+        self.prepare()
+        return self.chooser.to_dict()
+
+    def save_plan(self, path: str | Path) -> None:
+        """Write the plan as a file that `layer_config` takes."""
+        write_json(Path(path), plan_file(self.plan()))
+
+    def save_front(self, path: str | Path) -> None:
+        """Write `front()` as a JSON file."""
+        write_json(Path(path), self.front())
 
     def draft(self) -> LayerPlan:
         """Return the plan as far as it is known without weights.

@@ -73,6 +73,7 @@ def quantize_to_directory(
             resume=request.settings.resume,
         )
         with run:
+            _keep_choice(request, run.directory)
             job = _job(request, prepared, finished=_loader(run), rows=rows)
             outside = dict(_outside(prepared))
             _write(request, prepared, job, run, sink, outside)
@@ -92,6 +93,17 @@ def quantize_to_directory(
         sink.abort()
         raise
     return prepared.model, final
+
+
+def _keep_choice(request: AutoRound, directory: Path) -> None:
+    """Write what an `AutoScheme` chose beside the run's journal."""
+    if request.chooser is not None:
+        request.save_plan(directory / "plan.json")
+        request.save_front(directory / "front.json")
+        text = (
+            f"chosen schemes in {directory / 'plan.json'} (for layer_config), others in front.json"
+        )
+        request.emit(events.Note("info", text))
 
 
 def _open_sinks(

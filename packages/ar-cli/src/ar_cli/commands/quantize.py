@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ar_cli.commands.auto import auto_options, auto_scheme, describe_choice
 from ar_cli.commands.options import check_scheme, plan_options, settings_from
 from ar_cli.output import duration, json_option, print_json, print_table, size
 from ar_cli.progress import Progress
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ar_export import VerifyReport
     from ar_kernels import QuantizedWeight
+    from ar_tuner import AutoScheme
 
 
 @click.command()
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     help="One or several, separated by commas; see `ar formats`.",
 )
 @plan_options
+@auto_options
 @click.option("--recipe", default="default", show_default=True, help="best, default, light or rtn.")
 @click.option("--iters", type=int, help="Tuning steps per block; 0 rounds to nearest.")
 @click.option("--nsamples", type=int, help="Calibration rows.")
@@ -70,10 +73,14 @@ def quantize(  # noqa: PLR0913 - one parameter per group of options
     if (model is None) == (not demo):
         msg = "give either the directory of a model or --demo"
         raise click.UsageError(msg)
+    asked = auto_scheme(options, scheme)
     settings = settings_from(options)
     check_scheme(scheme, settings)
     hush()
     if demo:
+        if asked is not None:
+            msg = "--demo takes one --scheme, no --avg-bits or --target-size"
+            raise click.UsageError(msg)
         if "," in format:
             msg = "--demo takes one --format"
             raise click.UsageError(msg)
@@ -81,7 +88,8 @@ def quantize(  # noqa: PLR0913 - one parameter per group of options
 
         return run_demo(output, format, scheme, dataset, settings, as_json=as_json)
     assert model is not None
-    facts = quantize_one(model, output, format, scheme, dataset, settings, checked=not no_verify)
+    which = scheme if asked is None else asked
+    facts = quantize_one(model, output, format, which, dataset, settings, checked=not no_verify)
     if as_json:
         print_json(facts)
     else:
@@ -93,7 +101,7 @@ def quantize_one(  # noqa: PLR0913
     model: str,
     output: Path,
     format: str,  # noqa: A002
-    scheme: str | None,
+    scheme: str | AutoScheme | None,
     dataset: str | None,
     settings: dict[str, Any],
     *,
@@ -126,7 +134,7 @@ def quantize_one(  # noqa: PLR0913
     return {
         "output": str(path),
         "source": str(source),
-        "scheme": job.scheme.name,
+        "scheme": job.scheme.name if job.chooser is None else describe_choice(job),
         "format": format,
         "layers": len(job.plan().quantized),
         "bits_per_weight": round(finished.bits_per_weight, 4),

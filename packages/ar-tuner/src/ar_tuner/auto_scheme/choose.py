@@ -126,6 +126,15 @@ class Chooser:
         self.choices, self.plans = tuple(chosen), tuple(plans)
         return plans[0]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return choices and probes as plain values."""
+        return {
+            "method": self.asked.scorer,
+            "options": list(self.asked.schemes),
+            "choices": [choice.to_dict() for choice in self.choices],
+            "probes": [probe.to_dict() for probe in self.probes],
+        }
+
     def _budgets(self, space: Space) -> list[Budget]:
         asked = self.asked
         if asked.target_bytes is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,6 +40,15 @@ class Probe:
     option: str
     predicted: float
     measured: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {
+            "layers": list(self.unit.layers),
+            "option": self.option,
+            "predicted_loss": self.predicted,
+            "measured_loss": self.measured,
+        }
 
 
 def chosen(units: Sequence[Unit], losses: Scores, *, floor: float) -> list[Probe]:
