@@ -117,7 +117,7 @@ def _run(
     args: argparse.Namespace, bits: float, name: str, python: str, program: str
 ) -> dict[str, Any]:
     folder = args.out / f"{name}-{bits}-{args.iters}{'-fused' if args.fused else ''}"
-    done = folder.with_suffix(".json")
+    done = folder.with_name(f"{folder.name}.json")
     if done.is_file():
         return dict(json.loads(done.read_text(encoding="utf-8")), folder=folder)
     request = {key: getattr(args, key) for key in ("model", "calibration", "options", "fused")}
@@ -125,8 +125,8 @@ def _run(
     request |= {"bits": bits, "out": str(folder)}
     args.out.mkdir(parents=True, exist_ok=True)
     # scores that an earlier run left in a cache would be no measurement
-    fresh = {"XDG_CACHE_HOME": str(folder.with_suffix(".cache"))}
-    fresh |= {"AR_AUTO_SCHEME_CACHE": str(folder.with_suffix(".cache"))}
+    fresh = {"XDG_CACHE_HOME": str(folder.with_name(f"{folder.name}.cache"))}
+    fresh |= {"AR_AUTO_SCHEME_CACHE": str(folder.with_name(f"{folder.name}.cache"))}
     ran = subprocess.run(
         [python, "-c", program, json.dumps(request)],
         capture_output=True,
