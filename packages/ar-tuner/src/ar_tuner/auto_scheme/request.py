@@ -73,6 +73,9 @@ class AutoScheme:
         if (self.avg_bits is None) == (self.target_size is None):
             msg = "AutoScheme needs avg_bits or target_size, and not both"
             raise TunerError(msg)
+        if self.avg_bits is not None and not self.targets:
+            msg = "avg_bits is empty: give a number, or several"
+            raise TunerError(msg)
         for bits in self.targets:
             if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits <= 32:
                 msg = f"avg_bits {bits!r} is not allowed: use a number above 0 and at most 32"

@@ -110,11 +110,8 @@ def _available(
     """Return the options that rules and shapes leave to each layer, and why not, by option."""
     ruled = (*terrain.rules.layer_config, *terrain.rules.ignore_layers)
     mine = {la.name for la in terrain.layers if not any(matches(p, la.name) for p in ruled)}
-    ends = [
-        la.name
-        for la in terrain.layers
-        if la.name in mine and la.role in ("embedding", "lm_head") and not la.tied
-    ]
+    embedding = [la.name for la in terrain.layers if la.role == "embedding"]
+    ends = {la.name for la in terrain.layers if la.role in ("embedding", "lm_head") and not la.tied}
     open_to: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
     for name, option in options.items():
@@ -126,11 +123,12 @@ def _available(
         except SchemeError as error:
             msg = f"option {name}: {error}"
             raise SchemeError(msg) from error
-        embedded = terrain.size(terrain.plan(dict.fromkeys(ends, option))) if ends else None
+        # a format that holds embeddings, as GGUF does, has types of its own for both ends
+        held = terrain.size(terrain.plan(dict.fromkeys(embedding, option))).layers
+        both = ends if any(layer in held for layer in embedding) else set()
         for row in plan.rows:
             layer = row.layer.name
-            taken = embedded is not None and layer in ends and layer in embedded.layers
-            if layer in mine and (row.quantized or taken):
+            if layer in mine and (row.quantized or layer in both):
                 open_to.setdefault(layer, []).append(name)
             elif layer in mine and row.layer.block is not None:
                 reasons.setdefault(name, row.reason)
