@@ -6,7 +6,7 @@
 Both choose among the same options for the same average of stored bits (codes, scales and zero
 points as packed: the reference's own count), score layers on the same file with their own
 defaults, tune on the same rows, and write `auto_round`. Each run is a process of its own. Scores
-are those of `against_auto_round.py`; "scoring" is the time and the high-water mark of memory until
+are those of `accuracy.py`; "scoring" is the time and the high-water mark of memory until
 the choice stands, "seconds" and "peak" those of the whole. Runs that are finished in DIR are not
 made again, so an interrupted benchmark goes on.
 
@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from against_auto_round import score
+from accuracy import score
 
 OURS = """
 import json, re, sys, time

@@ -59,3 +59,26 @@ def test_changelogs_are_in_order() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_the_page_on_calibration_names_every_set_and_its_examples_can_be_typed() -> None:
+    from ar_tuner.calibration import parse_sets
+    from ar_tuner.calibration.grammar import OPTIONS
+    from ar_tuner.calibration.hub import SETS
+    from ar_tuner.calibration.records import CHAT_KEYS, LAST_KEYS, TEXT_KEYS
+
+    page = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
+    for entry in SETS:
+        rows = [line for line in page.splitlines() if line.startswith(f"| `{entry.name}` |")]
+        assert len(rows) == 1, entry.name
+        place = entry.hub or entry.modelscope
+        assert place is not None
+        said = (*entry.aliases, *place.splits, *(entry.pair or ()), entry.key or "")
+        assert all(f"`{word}`" in rows[0] for word in said if word), entry.name
+    assert all(f"| `{option}" in page for option in OPTIONS)
+    assert all(f"`{key}`" in page for key in (*TEXT_KEYS, *CHAT_KEYS, *LAST_KEYS))
+    examples = page.partition("SET = NAME[:option[=value]]...\n")[2].partition("```")[0]
+    read = [parse_sets(line) for line in examples.splitlines()]
+    assert [[r.num for r in sets] for sets in read] == [[None, 64], [None, 32], [64, None]]
+    assert read[1][0].system_prompt == "Answer briefly, in English."
+    assert read[2][0].name == r"C:\data\a.json"

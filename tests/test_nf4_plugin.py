@@ -124,7 +124,7 @@ def test_tuning_moves_its_codes_to_a_smaller_error(site, tmp_path, demo_model) -
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["verified"] is True
-    blocks = [line.split() for line in done.stderr.splitlines() if " mse " in line]
+    blocks = [line.split() for line in done.stderr.splitlines() if " loss " in line]
     pairs = [(float(w[w.index("->") - 1]), float(w[w.index("->") + 1])) for w in blocks]
     assert len(pairs) == 4
     assert all(after < before for before, after in pairs)

@@ -54,6 +54,27 @@ def test_compressed_tensors_dequantizes_to_our_weight(demo_model, tmp_path, sche
         assert float((gap > 0).float().mean()) < 0.02 or scale == torch.float8_e4m3fn, name
 
 
+MIXES = {
+    "bits": ("W4A16", {"layer_config": {"mlp.down_proj": {"bits": 8}}}),
+    "attention": ("W4A16", {"layer_config": {"self_attn": {"bits": 8}}, "ignore_layers": "mlp"}),
+    "kinds": ("NVFP4", {"layer_config": {"self_attn": "FP8_STATIC"}}),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_compressed_tensors_reads_several_groups(demo_model, tmp_path, mix) -> None:
+    pytest.importorskip("compressed_tensors")
+    scheme, options = MIXES[mix]
+    path = quantized(demo_model, tmp_path / "out", "llm_compressor", scheme, **options)
+    wanted = open_checkpoint(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model(torch.arange(8)[None])  # it decompresses when the model first runs
+    for name in wanted.quantized:
+        ours = wanted.weight(name).dequantize()
+        theirs = model.get_submodule(name).weight.float()
+        assert float((theirs - ours).abs().max()) <= 2**-7 * float(ours.abs().max()), name
+
+
 def test_transformers_reads_native_fp8(demo_model, tmp_path) -> None:
     path = quantized(demo_model, tmp_path / "out", "fp8", "FP8_BLOCK")
     ours = open_dequantized(open_checkpoint(path), torch.bfloat16)

@@ -79,8 +79,8 @@ def ar_register_datasets():
     class EveryTexts(EmbeddedTexts):
         name = "every_texts"
 
-        def texts(self, *, split):
-            return [f"{split} text"]
+        def records(self, query):
+            return [f"{split} text" for split in query.splits]
 
     return [EveryTexts()]
 
@@ -141,7 +141,8 @@ def report() -> dict[str, object]:
     from ar_kernels.backends.base import Need
     from ar_kernels.backends.select import choose
     from ar_schemes import schemes
-    from ar_tuner.calibration.sources import texts_of
+    from ar_tuner.calibration import Query, parse_sets
+    from ar_tuner.calibration.sources import open_set
     from ar_tuner.events import Note
 
     spec = schemes()["EVERY4"].weight
@@ -154,9 +155,9 @@ def report() -> dict[str, object]:
         "ar_register_backends": kernels.backend("every_backend").name,
         "ar_choose_backend": choose(need).backend.name,
         "ar_register_algorithms": tuner.algorithm("every_algorithm").name,
-        "ar_register_datasets": texts_of(
-            "every_texts:split=train", tuner.datasets(), allow_download=False
-        ),
+        "ar_register_datasets": [
+            *open_set(*parse_sets("every_texts"), tuner.datasets(), Query(("train",)))
+        ],
         "ar_find_adapter": tuner.find_adapter("config").name,
         "ar_open_sink": tuner.open_sink(types.SimpleNamespace(format="every")),
         "ar_scheme_for_format": tuner.scheme_for_format("every"),

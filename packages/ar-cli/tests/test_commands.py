@@ -128,6 +128,23 @@ def test_generate_refuses_an_empty_prompt_and_an_unknown_device(rtn) -> None:
     assert ar("generate", rtn, "--prompt", "x", "--device", "nonsense").exit_code == 2
 
 
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_a_wrong_dataset_is_refused_before_work(command, tmp_path) -> None:
+    output = () if command == "plan" else ("-o", tmp_path / "out")
+    done = ar(command, DEMO, "--dataset", "default:nmu=3", *output)
+    assert done.exit_code == 2
+    assert "unknown dataset option 'nmu'. Did you mean num?" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_shows_how_sets_are_combined() -> None:
+    from ar_tuner.calibration.grammar import OPTIONS
+
+    shown = " ".join(ar("quantize", "--help").output.split())
+    assert "names, separated by ','. Options follow a name after ':'" in shown
+    assert all(option in shown for option in OPTIONS)
+
+
 def test_the_next_commands_can_be_typed_as_they_stand(tmp_path) -> None:
     out = tmp_path / "with space"
     lines = ar("quantize", DEMO, "--recipe", "rtn", "-o", out, "--no-verify").output.splitlines()

@@ -26,7 +26,7 @@ def test_elsewhere_every_block_is_one_line() -> None:
         listen(event)
     assert stream.getvalue().splitlines() == [
         "28 layers in 4 blocks, 1 already done; log and finished blocks in out.run",
-        "block 1/4  mse 0.01 -> 0.004  12 s  peak 2.00 GB  left 40 s",
+        "block 1/4  loss 0.01 -> 0.004  12 s  peak 2.00 GB  left 40 s",
     ]
 
 
@@ -36,7 +36,7 @@ def test_on_a_terminal_steps_show_the_time_left_and_are_wiped() -> None:
     for event in (DONE, STEP, DONE):
         listen(event)
     text = stream.getvalue()
-    assert "block 2/4  step 20/200  mse 0.5  about 40 s left" in text
+    assert "block 2/4  step 20/200  loss 0.5  about 40 s left" in text
     assert "\r" in text
 
 

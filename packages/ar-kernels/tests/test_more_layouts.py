@@ -43,6 +43,26 @@ class TestCtInt(LayoutConformance):
     refused = ((spec_of("MXFP4"), 32, 64),)
 
 
+MLX_BITS = (2, 3, 4, 5, 6, 8)
+MLX_SPECS = tuple(
+    INT4.with_(bits=bits, scale_dtype=dtype, data_type=kind, symmetric=kind == "int")
+    for bits in MLX_BITS
+    for kind, dtype in (("int", "bfloat16"), ("int_asym_float_zp", "float16"))
+)
+
+
+class TestMlx(LayoutConformance):
+    subject = layout("mlx")
+    specs = (*MLX_SPECS, scheme("W4A16").weight)
+    shapes = ((32, 128), (5, 256))
+    refused = (
+        (INT4.with_(bits=7), 32, 64),
+        (INT4.with_(symmetric=False), 32, 64),
+        (INT4.with_(granularity=Granularity(Span.CHANNEL)), 32, 64),
+        (spec_of("MXFP4"), 32, 64),
+    )
+
+
 class _Floats(LayoutConformance):
     shapes = ((128, 128), (256, 384))
 
@@ -145,6 +165,30 @@ def test_ranges_of_activations_are_kept_where_there_are_any(name, key, which) ->
     assert equal(found.unpack(packed, weight.spec, 32, 64), weight)
     assert equal(found.unpack(found.pack(bare), bare.spec, 32, 64), bare)
     assert optional_of(layout("gptq")) == {}
+
+
+def test_mlx_means_scale_times_code_plus_bias() -> None:
+    for spec in MLX_SPECS:
+        weight = quantized(spec, 5, 64)
+        packed = layout("mlx").pack(weight)
+        scales, biases = (packed[k].float().repeat_interleave(32, 1) for k in ("scales", "biases"))
+        assert torch.equal(weight.codes.float() * scales + biases, weight.dequantize()), spec
+
+
+def test_biases_that_contradict_symmetry_are_refused() -> None:
+    packed = layout("mlx").pack(quantized(INT4, 32, 64))
+    packed["biases"] = packed["biases"] + 1
+    with pytest.raises(KernelError, match="read it as asymmetric"):
+        layout("mlx").unpack(packed, INT4, 32, 64)
+
+
+def test_biases_that_overflow_are_refused() -> None:
+    import dataclasses
+
+    weight = quantized(INT4, 32, 64)
+    weight = dataclasses.replace(weight, scale=torch.full_like(weight.scale, 60000.0))
+    with pytest.raises(KernelError, match="overflow torch.float16 as biases"):
+        layout("mlx").pack(weight)
 
 
 def test_signed_codes_beyond_their_width_are_refused() -> None:

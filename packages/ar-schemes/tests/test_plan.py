@@ -50,6 +50,33 @@ def test_a_name_beats_a_pattern_and_the_last_pattern_wins() -> None:
     assert "layer_config" in made[f"{BLOCK}.mlp.gate_proj"].reason
 
 
+DOWN = f"{BLOCK}.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    "pattern", [DOWN, "down_proj", "mlp.down_proj", r"down_.*$", r"layers\.\d+\.mlp\.down"]
+)
+@pytest.mark.parametrize(
+    "rule",
+    ["W8A16", 8, {"bits": 8}, scheme("W8A16"), {"bits": 8, "group_size": 128, "sym": True}],
+    ids=["name", "bits", "override", "scheme", "dict"],
+)
+def test_every_form_of_a_layer_rule_means_the_same(pattern, rule) -> None:
+    made = plan(layer_config={pattern: rule})
+    assert made[DOWN].scheme.weight == scheme("W8A16").weight
+    others = [r for r in made.quantized if r.layer.name != DOWN]
+    assert others
+    assert all(r.scheme.name == "W4A16" for r in others)
+
+
+def test_sixteen_bits_keep_a_layer_and_other_values_are_no_scheme() -> None:
+    assert not plan(layer_config={"down_proj": 16})[DOWN].quantized
+    with pytest.raises(SchemeError, match="layer_config 'down_proj': True is no scheme"):
+        plan(layer_config={"down_proj": True})
+    with pytest.raises(SchemeError, match="layer_config 'down_proj': bits 0 is not allowed"):
+        plan(layer_config={"down_proj": 0})
+
+
 def test_ignored_layers_stay_whatever_else_is_said() -> None:
     made = plan(ignore_layers=("down_proj",), layer_config={"down_proj": "W8A16"})
     assert not made[f"{BLOCK}.mlp.down_proj"].quantized
@@ -87,7 +114,7 @@ def test_group_sizes_that_do_not_divide_are_listed_together() -> None:
         ({"layer_config": {"nothing": {"bits": 2}}}, "layer_config 'nothing' matches none"),
         ({"layer_config": {"mlp": "W9A9"}}, "layer_config 'mlp': unknown scheme 'W9A9'"),
         ({"layer_config": {"mlp": {"bitz": 3}}}, "layer_config 'mlp': unknown scheme key 'bitz'"),
-        ({"layer_config": {"mlp": 3}}, "layer_config 'mlp': 3 is no scheme; use a preset name"),
+        ({"layer_config": {"mlp": 3.5}}, "layer_config 'mlp': 3.5 is no scheme; use a preset name"),
     ],
     ids=["no-match", "regex", "rule", "scheme", "key", "kind"],
 )

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import importlib.metadata
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
+import pluggy
 import pytest
 import torch
 
+from ar_schemes import PluginHost
+from ar_tuner import builtin, hookspecs, registry
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -19,8 +27,8 @@ SMALL: dict[str, Any] = {
 }
 
 
-def llama(t: Any) -> Any:
-    return t.LlamaForCausalLM(t.LlamaConfig(**SMALL))
+def llama(t: Any, **changes: Any) -> Any:
+    return t.LlamaForCausalLM(t.LlamaConfig(**{**SMALL, **changes}))
 
 
 def qwen3(t: Any) -> Any:
@@ -58,12 +66,13 @@ MODELS = {
 
 @pytest.fixture
 def model() -> Callable[[str], Any]:
-    """Make a tiny random model by its type's name."""
+    """Make a tiny random model by its type's name; a llama may have other numbers."""
 
-    def make(kind: str = "llama") -> Any:
+    def make(kind: str = "llama", **changes: Any) -> Any:
         transformers = pytest.importorskip("transformers")
         torch.manual_seed(0)
-        return MODELS[kind](transformers).eval().requires_grad_(requires_grad=False)
+        made = MODELS[kind](transformers, **changes)
+        return made.eval().requires_grad_(requires_grad=False)
 
     return make
 
@@ -72,3 +81,88 @@ def model() -> Callable[[str], Any]:
 def rows() -> torch.Tensor:
     """Token rows [8, 32]."""
     return torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(1))
+
+
+class Memory:
+    """A sink that keeps what it is given."""
+
+    def __init__(self, request) -> None:
+        self.request = request
+        self.weights, self.tensors, self.state = {}, {}, "open"
+
+    def put(self, name, weight) -> None:
+        self.weights[name] = weight
+
+    def put_tensor(self, name, tensor) -> None:
+        self.tensors[name] = tensor
+
+    def commit(self) -> Path:
+        self.state = "committed"
+        self.request.output.mkdir()
+        return self.request.output
+
+    def abort(self) -> None:
+        self.state = "aborted"
+
+
+@pytest.fixture
+def sinks(monkeypatch):
+    """Register a format `memory` through the hook; return the sinks it opens."""
+    opened = []
+    plugin = types.ModuleType("memory_plugin")
+
+    def ar_open_sink(request):
+        if request.format != "memory":
+            return None
+        opened.append(Memory(request))
+        return opened[-1]
+
+    ar_open_sink.__module__ = "memory_plugin"
+    plugin.ar_open_sink = pluggy.HookimplMarker("ar_tuner")(ar_open_sink)
+    monkeypatch.setitem(sys.modules, "memory_plugin", plugin)
+    entry = importlib.metadata.EntryPoint("memory", "memory_plugin", "ar_tuner")
+    host = PluginHost(
+        "ar_tuner", hookspecs, builtins={"builtin": builtin}, env={}, entry_points=[entry]
+    )
+    monkeypatch.setattr(registry, "host", lambda: host)
+    return opened
+
+
+class Words:
+    """A tokenizer in the manner of transformers: one id per word, its length; 99 before a text."""
+
+    eos_token_id = 0
+    chat_template: str | None = None
+
+    def __init__(self, *, begins: bool = False, template: str | None = None) -> None:
+        self.begins, self.chat_template = begins, template
+        self.calls = 0
+
+    def __call__(
+        self, texts: list[str], *, add_special_tokens: bool = True, verbose: bool = True
+    ) -> Any:
+        self.calls += 1
+        before = [99] if self.begins and add_special_tokens else []
+        ids = [before + [99 if w == "<s>" else len(w) for w in text.split()] for text in texts]
+        return type("Encoded", (), {"input_ids": ids})()
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """Refuse what strict templates refuse, by the name of the template."""
+        assert not tokenize
+        roles = [m["role"] for m in messages]
+        if self.chat_template == "no system" and "system" in roles:
+            msg = "System role not supported"
+            raise ValueError(msg)
+        if roles[-2:] == ["user", "user"]:
+            msg = "roles must alternate"
+            raise ValueError(msg)
+        said = [f"{m['role']}: {m['content']}" for m in messages]
+        return " ".join(["<s>", *said, *(["assistant:"] if add_generation_prompt else [])])
+
+
+@pytest.fixture
+def words() -> type[Words]:
+    """Make a tokenizer of words."""
+    return Words

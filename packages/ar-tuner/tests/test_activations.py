@@ -132,3 +132,48 @@ def test_fused_groups_are_siblings() -> None:
         ("m.w1", "m.w3"),
         ("m.w2",),
     ]
+
+
+class Mixture(nn.Module):
+    """Three experts with two layers each, of which the tokens go to the first two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Linear(128, 128, bias=False)
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({n: nn.Linear(128, 128, bias=False) for n in ("up_proj", "down_proj")})
+            for _ in range(3)
+        )
+
+    def forward(self, x):
+        x = self.attn(1000 * x) / 1000
+        for factor, expert in zip((1.0, 3.0), self.experts, strict=False):
+            x = x + expert["down_proj"](7 * expert["up_proj"](factor * x))
+        return x
+
+
+@pytest.mark.parametrize("name", ["FP8_STATIC", "NVFP4"])
+def test_an_expert_without_tokens_gets_the_largest_range_of_its_siblings(name) -> None:
+    torch.manual_seed(0)
+    block, x = Mixture().requires_grad_(requires_grad=False), torch.randn(4, 8, 128)
+    layers = ["attn", *(f"experts.{i}.{n}" for i in range(3) for n in ("up_proj", "down_proj"))]
+    targets = tuple(
+        Target(WeightRef(f"b.{n}", f"{n}.weight", transposed=False), scheme(name)) for n in layers
+    )
+    ranges = collect_ranges(
+        BlockTask(
+            block=block,
+            name="b",
+            targets=targets,
+            inputs=RowBank.of([Call(0, (x,), {})], [4]),
+            reference=rows_of([block(x)]),
+            settings=TuneSettings(batch_size=4),
+            report=lambda *_: None,
+        )
+    )
+    assert set(ranges) == {f"b.{n}" for n in layers}
+    choose = min if name == "NVFP4" else max  # a tensor scale is the inverse of the range
+    for kind in ("up_proj", "down_proj"):
+        first, second, unseen = (float(ranges[f"b.experts.{i}.{kind}"]) for i in range(3))
+        assert first != second
+        assert unseen == choose(first, second)

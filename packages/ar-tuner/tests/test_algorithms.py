@@ -106,6 +106,59 @@ def test_scale_factors_stay_when_they_are_not_tuned() -> None:
     assert all(torch.equal(nearest[n].scale, tuned[n].scale) for n in nearest)
 
 
+def test_signround_as_published_beats_rounding_to_nearest() -> None:
+    made = task("W4A16", scale_init="minmax", keep="best", iters=200)
+    result = SignRound().quantize(made)
+    assert result.loss_after < 0.9 * result.loss_before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.5},
+        {"optimizer": "adam"},
+        {"lr_scheduler": "cosine"},
+        {"lr_scheduler": "constant"},
+        {"accumulate": 2},
+        {"loss": "suppressed"},
+        {"keep": "best", "validation_rows": 4},
+        {"keep": "best", "patience": 5},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_variant_of_the_loop_tunes_in_its_own_way_and_repeats_itself(settings) -> None:
+    plain = SignRound().quantize(task())
+    one, two = (SignRound().quantize(task(**settings)) for _ in range(2))
+    assert one.loss_after < 0.95 * one.loss_before
+    assert all(equal(one.weights[n], two.weights[n]) for n in one.weights)
+    assert not all(equal(one.weights[n], plain.weights[n]) for n in plain.weights)
+
+
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("name", ["W2A16", "W4A16"])
+def test_the_extended_algorithm_beats_the_published_one(name, sym) -> None:
+    published = task(name, sym=sym, scale_init="minmax", keep="best")
+    extended = task(name, sym=sym, loss="suppressed")
+    before = SignRound().quantize(published).loss_after
+    assert SignRound().quantize(extended).loss_after < before
+
+
+def test_steps_that_lead_to_no_number_are_thrown_away() -> None:
+    made = task(optimizer="adam", iters=2)
+    broken = [r * float("nan") for r in made.reference]
+    result = SignRound().quantize(dataclasses.replace(made, reference=broken))
+    nearest = Rtn().quantize(made).weights
+    assert result.diverged
+    assert all(equal(result.weights[n], nearest[n]) for n in nearest)
+
+
+def test_long_runs_take_larger_steps_at_two_and_three_bits_only() -> None:
+    assert TuneSettings(iters=1000).offset_step(2) == 2 / 1000
+    assert TuneSettings(iters=1000).minmax_step(4) == 1 / 1000
+    assert TuneSettings(iters=1000, lr=0.01).offset_step(2) == 0.01
+    assert TuneSettings(iters=10, minmax_lr=0.02).minmax_step(2) == 0.02
+
+
 def test_progress_is_reported_with_the_loss() -> None:
     seen = []
     SignRound().quantize(dataclasses.replace(task(), report=lambda *a: seen.append(a)))
@@ -126,7 +179,7 @@ def test_a_blocks_random_stream_is_its_own() -> None:
 
 
 def test_algorithms_are_found_by_name() -> None:
-    assert set(algorithms()) >= {"signround", "rtn"}
+    assert set(algorithms()) >= {"signround", "opt_rtn", "rtn"}
     assert isinstance(algorithm("signround"), Algorithm)
     with pytest.raises(TunerError, match="unknown algorithm 'singround'. Did you mean signround"):
         algorithm("singround")

@@ -1,70 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import types
-from typing import TYPE_CHECKING
 
-import pluggy
 import pytest
 import torch
 
-from ar_schemes import PluginHost, SchemeError
-from ar_tuner import AutoRound, TunerError, builtin, events, hookspecs, registry
+from ar_schemes import SchemeError
+from ar_tuner import AutoRound, TunerError, events
 from ar_tuner.settings import Settings, make_settings
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 QUICK = {"iters": 3, "nsamples": 8, "seqlen": 32, "batch_size": 4, "group_size": 32}
 KINDS = ("llama", "qwen3", "gemma2", "gpt2")
-
-
-class Memory:
-    """A sink that keeps what it is given."""
-
-    def __init__(self, request) -> None:
-        self.request = request
-        self.weights, self.tensors, self.state = {}, {}, "open"
-
-    def put(self, name, weight) -> None:
-        self.weights[name] = weight
-
-    def put_tensor(self, name, tensor) -> None:
-        self.tensors[name] = tensor
-
-    def commit(self) -> Path:
-        self.state = "committed"
-        self.request.output.mkdir()
-        return self.request.output
-
-    def abort(self) -> None:
-        self.state = "aborted"
-
-
-@pytest.fixture
-def sinks(monkeypatch):
-    """Register a format `memory` through the hook; return the sinks it opens."""
-    opened = []
-    plugin = types.ModuleType("memory_plugin")
-
-    def ar_open_sink(request):
-        if request.format != "memory":
-            return None
-        opened.append(Memory(request))
-        return opened[-1]
-
-    ar_open_sink.__module__ = "memory_plugin"
-    plugin.ar_open_sink = pluggy.HookimplMarker("ar_tuner")(ar_open_sink)
-    monkeypatch.setitem(sys.modules, "memory_plugin", plugin)
-    entry = pytest.importorskip("importlib.metadata").EntryPoint(
-        "memory", "memory_plugin", "ar_tuner"
-    )
-    host = PluginHost(
-        "ar_tuner", hookspecs, builtins={"builtin": builtin}, env={}, entry_points=[entry]
-    )
-    monkeypatch.setattr(registry, "host", lambda: host)
-    return opened
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -169,5 +169,6 @@ def test_memory_is_told_in_bytes() -> None:
 
 def test_recipes_have_the_names_users_know() -> None:
     assert [RECIPES[n].iters for n in ("best", "default", "light", "rtn")] == [1000, 200, 50, 0]
+    assert auto_lr(1000, 4) == 1 / 1000
     assert auto_lr(200, 4) == 1 / 200
     assert auto_lr(1000, 2) == 2 / 1000

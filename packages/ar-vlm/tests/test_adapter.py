@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -134,6 +138,30 @@ def rows() -> torch.Tensor:
 def job(model: torch.nn.Module, **options: object) -> AutoRound:
     sizes = {"nsamples": 8, "seqlen": 32, "batch_size": 4, "iters": 3}
     return AutoRound(model, scheme="W4A16", group_size=32, dataset=rows(), **{**sizes, **options})
+
+
+class Letters:
+    """A tokenizer in the manner of transformers: one id per letter."""
+
+    eos_token_id = 2
+
+    def __call__(
+        self, texts: list[str], *, add_special_tokens: bool = True, verbose: bool = True
+    ) -> SimpleNamespace:
+        before = [1] if add_special_tokens else []
+        return SimpleNamespace(input_ids=[[*before, *map(ord, text)] for text in texts])
+
+
+def test_a_vision_language_model_is_calibrated_with_a_local_file(tmp_path) -> None:
+    lines = [json.dumps({"text": "xyz" * i + "abc " * 9}) for i in range(1, 9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    seen: list[Any] = []
+    sizes = {"nsamples": 2, "seqlen": 32, "batch_size": 2, "iters": 1, "group_size": 32}
+    made = build(llava)
+    path = str(tmp_path / "a.jsonl")
+    AutoRound(made, Letters(), dataset=path, on_event=seen.append, **sizes).quantize()
+    ready = next(event for event in seen if event.kind == "calibration_ready")
+    assert ready.sources == ((path, 2),)
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda m: m.__name__)

@@ -44,7 +44,7 @@ class Progress:
         left = "" if self._left is None else f"  about {duration(self._left)} left"
         text = (
             f"block {event.index + 1}/{event.total}  step {event.step}/{event.steps}  "
-            f"mse {event.loss:.3g}{left}"
+            f"loss {event.loss:.3g}{left}"
         )
         self._show(text)
 
@@ -83,7 +83,7 @@ def describe(event: RunEvent) -> str | None:
     if isinstance(event, events.BlockDone):
         loss = ""
         if event.loss_before is not None and event.loss_after is not None:
-            loss = f"  mse {event.loss_before:.3g} -> {event.loss_after:.3g}"
+            loss = f"  loss {event.loss_before:.3g} -> {event.loss_after:.3g}"
         left = "" if not event.eta_seconds else f"  left {duration(event.eta_seconds)}"
         return (
             f"block {event.index + 1}/{event.total}{loss}  {duration(event.seconds)}  "

@@ -11,6 +11,7 @@ from ar_export.formats.fake import FakeFormat
 from ar_export.formats.fp8 import Fp8Format
 from ar_export.formats.gguf import GgufFormat
 from ar_export.formats.llm_compressor import LlmCompressorFormat
+from ar_export.formats.mlx import MlxFormat
 from ar_export.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -22,5 +23,5 @@ def ar_register_formats() -> list[Format]:
     """Return the built-in formats."""
     return [
         *(AutoRoundFormat(), AutoGptqFormat(), AutoAwqFormat()),
-        *(LlmCompressorFormat(), Fp8Format(), GgufFormat(), FakeFormat()),
+        *(LlmCompressorFormat(), Fp8Format(), GgufFormat(), MlxFormat(), FakeFormat()),
     ]

@@ -125,7 +125,7 @@ def open_checkpoint(path: Path) -> Readable:
         if isinstance(container, Container) and container.holds(path):
             return container.open(path)
     config = read_json(path / "config.json")
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config", config.get("quantization"))
     if quantization is None and (path / "quantization_config.json").is_file():
         quantization = read_json(path / "quantization_config.json")
     files, facts = _tensors(path)
@@ -206,7 +206,12 @@ def _inside(path: Path, name: str, index: Path) -> Path:
         msg = f"{index}: names {name!r}, which is not a file beside it"
         raise ExportError(msg)
     file = path / name
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        msg = f"{index}: names a file that cannot be: {error}"
+        raise ExportError(msg) from error
+    if not there:
         pickles = sorted(p.name for p in path.glob("*.bin"))
         only = f" Only pickles are there ({pickles[0]}), which are not read." if pickles else ""
         msg = f"{path}: weight file {name} is missing.{only}"

@@ -12,6 +12,7 @@ import pluggy
 from ar_export.errors import ExportError
 from ar_export.folder import StagedFolder
 from ar_export.formats.base import (
+    AddsToConfig,
     AdjustsPlan,
     Container,
     ImpliesScheme,
@@ -140,10 +141,13 @@ class SafetensorsSink:
         self._writer: ShardWriter | None = None
         self._dtype = config_dtype(request.config)
         self._config = found.config(request)
+        self._turned = {r.layer.name for r in request.plan.rows if r.layer.transposed}
 
     def put(self, name: str, weight: QuantizedWeight) -> None:
         """Take the weight of a layer (name without `.weight`)."""
         parts = self._format.tensors(self._config, weight, self._dtype)
+        if self._config is None and name in self._turned:  # floats lie as the model holds them
+            parts = {suffix: tensor.t() for suffix, tensor in parts.items()}
         for suffix, tensor in parts.items():
             self._shards().add(f"{name}.{suffix}", tensor)
 
@@ -164,6 +168,9 @@ class SafetensorsSink:
         if isinstance(self._format, SetsDtype):
             config.pop("torch_dtype", None)
             config["dtype"] = self._format.dtype
+        config.pop("quantization", None)
+        if isinstance(self._format, AddsToConfig) and self._config is not None:
+            config |= self._format.beside(self._config)
         names = self._format.config_names if isinstance(self._format, NamesConfigs) else ()
         write_configs(folder, config, self._config, names=names)
         return self._folder.commit()

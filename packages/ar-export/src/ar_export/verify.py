@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ar_export.errors import ExportError
+from ar_export.findings import Finding
 from ar_export.formats.packed import suffixes_of
+from ar_export.lint import lint
 from ar_export.opening import open_model
-from ar_export.reader import open_checkpoint
+from ar_export.reader import open_checkpoint, read_json
 from ar_kernels import equal
 
 if TYPE_CHECKING:
@@ -32,15 +33,6 @@ _PACKED = (
     *(".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale"),
     *(".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".input_scale"),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong (error) or odd (warning), and where."""
-
-    level: Literal["error", "warning"]
-    what: str
-    where: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ def verify(
         found = open_checkpoint(path)
     except ExportError as error:
         return VerifyReport(0, 0, 0, None, (Finding("error", str(error), str(path)),))
-    findings = [*_structure(found)]
+    findings = [*_structure(found), *lint(found)]
     compared = 0
     for name in found.quantized:
         try:
@@ -116,37 +108,29 @@ def _structure(found: Readable) -> Iterator[Finding]:
         known |= mine
         if packed and f"{name}.weight" in found.files and f"{name}.weight" not in mine:
             yield Finding("error", "both packed and float weights are stored", name)
-    for key in found.names:
-        if key.endswith(_PACKED) and key not in known:
+    for key, fact in found.facts.items():
+        codes = packed and _is_codes(key, fact.dtype)
+        if key not in known and (codes or key.endswith(_PACKED)):
             yield Finding("error", "a packed tensor that belongs to no quantized layer", key)
     if found.config.get("tie_word_embeddings") and "lm_head.weight" in found.files:
         yield Finding("warning", "the head is tied, yet stored a second time", "lm_head.weight")
     side = found.path / "quantization_config.json"
     wanted = found.quantization_config
     if wanted is not None and side.is_file():
-        stored = json.loads(side.read_text(encoding="utf-8"))
-        if stored != wanted:
-            yield Finding("error", "differs from the one in config.json", side.name)
+        try:
+            same = read_json(side) == wanted
+        except ExportError as error:
+            yield Finding("error", str(error), side.name)
+        else:
+            if not same:
+                yield Finding("error", "differs from the one in config.json", side.name)
     if found.quantization_config is not None and not found.quantized:
         yield Finding("error", "the config names a quantization, but no layer is quantized", "")
-    if packed:
-        yield from _fused(found)
 
 
-def _fused(found: Readable) -> Iterator[Finding]:
-    """Yield members of layers that engines fuse (q, k, v and gate, up) with unlike schemes."""
-    for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        for name in found.quantized:
-            head, _, tail = name.rpartition(".")
-            if tail != members[0]:
-                continue
-            there = [f"{head}.{m}" for m in members]
-            there = [n for n in there if n in found.quantized or f"{n}.weight" in found.files]
-            mates = [found.quantized.get(n) for n in there]
-            unlike = {None if m is None else m.scheme.weight for m in mates}
-            if len(unlike) > 1:
-                what = f"{', '.join(members)} differ; vLLM and SGLang fuse them and will refuse"
-                yield Finding("warning", what, head)
+def _is_codes(key: str, dtype: torch.dtype) -> bool:
+    """Tell whether a tensor holds codes under the name of a float weight."""
+    return key.endswith(".weight") and (dtype.itemsize == 1 or not dtype.is_floating_point)
 
 
 def _logits(path: Path, against: nn.Module) -> tuple[float, list[Finding]]:

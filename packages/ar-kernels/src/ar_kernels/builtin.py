@@ -12,6 +12,7 @@ from ar_kernels.layouts.compressed_int import CompressedInt, CompressedPack
 from ar_kernels.layouts.float_layouts import FLOAT_LAYOUTS
 from ar_kernels.layouts.gguf import GGUF_LAYOUTS
 from ar_kernels.layouts.gptq import GPTQ, GPTQ_G_IDX, GPTQ_V2, GPTQ_V2_G_IDX
+from ar_kernels.layouts.mlx import MlxLayout
 from ar_kernels.numerics.float_min import FloatMinimum
 from ar_kernels.numerics.fp8 import Fp8
 from ar_kernels.numerics.integer import Integer
@@ -45,7 +46,7 @@ def ar_register_layouts() -> list[Layout]:
     """Return the built-in layouts."""
     return [
         *(GPTQ, GPTQ_V2, GPTQ_G_IDX, GPTQ_V2_G_IDX),
-        *(AwqLayout(), CompressedPack(), CompressedInt()),
+        *(AwqLayout(), CompressedPack(), CompressedInt(), MlxLayout()),
         *FLOAT_LAYOUTS,
         *GGUF_LAYOUTS,
     ]

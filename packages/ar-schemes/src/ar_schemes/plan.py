@@ -35,6 +35,7 @@ class LayerInfo:
         copies: number of equal matrices (experts) the name stands for.
         tied: shares its weight with the embedding.
         keep: reason of the model adapter to leave it in high precision, or None.
+        transposed: the model holds it as [I, O] (Conv1D of GPT-2).
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerInfo:
     copies: int = 1
     tied: bool = False
     keep: str | None = None
+    transposed: bool = False
 
     @property
     def weights(self) -> int:
@@ -59,13 +61,13 @@ class LayerRules:
     Attributes:
         scheme: default of every linear layer in a block.
         layer_config: layer name, part of one, or regular expression, to a scheme: a preset
-            name, a flat dict merged over the default, or a `Scheme`.
+            name, a flat dict merged over the default, a number of bits, or a `Scheme`.
         ignore_layers: names or parts of names (`mlp.gate`) that stay in 16 bit.
         quant_lm_head: quantize the output head too.
     """
 
     scheme: Scheme
-    layer_config: Mapping[str, str | Scheme | Mapping[str, Any]] = field(default_factory=dict)
+    layer_config: Mapping[str, str | int | Scheme | Mapping[str, Any]] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] = ()
     quant_lm_head: bool = False
 
@@ -199,6 +201,8 @@ def _from_rule(pattern: str, rule: object, default: Scheme) -> Scheme:
     try:
         if isinstance(rule, (str, Scheme)):
             return find_scheme(rule)
+        if isinstance(rule, int) and not isinstance(rule, bool):
+            rule = {"bits": rule}
         if isinstance(rule, Mapping):
             base = default if default.weight is not None else find_scheme("W4A16")
             return base.with_overrides(rule)
@@ -206,8 +210,8 @@ def _from_rule(pattern: str, rule: object, default: Scheme) -> Scheme:
         msg = f"layer_config {pattern!r}: {error}"
         raise SchemeError(msg) from error
     msg = (
-        f"layer_config {pattern!r}: {rule!r} is no scheme; use a preset name, a dict such as "
-        '{"bits": 8}, or a Scheme'
+        f"layer_config {pattern!r}: {rule!r} is no scheme; use a preset name, a number of bits, a "
+        'dict such as {"bits": 8}, or a Scheme'
     )
     raise SchemeError(msg)
 

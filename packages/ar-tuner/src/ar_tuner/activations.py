@@ -6,6 +6,7 @@ Hooks on the linear layers for the time of a call: no module is replaced, nothin
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 STATIC_GLOBAL = "nv_fp4_with_static_gs"
 """Activations with a global scale collected beforehand and block scales found at run time."""
 STEP, GLOBAL = "input_scale", "input_global_scale"
+_EXPERT = re.compile(r"(\bexperts\.)(\d+)(\.)")
 
 
 def is_static(scheme: Scheme) -> bool:
@@ -60,7 +62,8 @@ def collect_ranges(task: BlockTask) -> dict[str, Tensor]:
     """Return the range of the activations of each layer that has a static one, by layer name.
 
     The largest magnitude over all calibration rows; members of a fused group share the largest.
-    A layer that saw nothing (an expert no token went to) gets the largest of the others.
+    An expert that saw no token gets the largest of its siblings, any other layer that saw nothing
+    the largest of the block.
     """
     static = [t for t in task.targets if is_static(t.scheme)]
     if not static or task.inputs is None:
@@ -80,18 +83,32 @@ def collect_ranges(task: BlockTask) -> dict[str, Tensor]:
             task.run({}, rows)
     if not peaks:
         return {}
-    most = torch.stack(list(peaks.values())).amax()
-    from ar_tuner.fused import fused_groups
-
-    for group in fused_groups([t.ref.layer for t in static]):
-        seen = [peaks[layer] for layer in group if layer in peaks]
-        for layer in group:
-            peaks[layer] = torch.stack(seen).amax() if seen else most
+    peaks = _for_all(peaks, [t.ref.layer for t in static])
     out = {}
     for t in static:
         assert t.scheme.activation is not None
         out[t.ref.layer] = static_scale(peaks[t.ref.layer], t.scheme.activation).reshape(1)
     return out
+
+
+def _for_all(seen: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return the peak of every layer: its fused group's, its sibling experts', or the block's."""
+    from ar_tuner.fused import fused_groups
+
+    out: dict[str, Tensor] = {}
+    for group in fused_groups(layers):
+        siblings = {expert_kind(layer) for layer in group} - {None}
+        found = [seen[layer] for layer in group if layer in seen]
+        found = found or [p for layer, p in seen.items() if expert_kind(layer) in siblings]
+        peak = torch.stack(found or list(seen.values())).amax()
+        out |= dict.fromkeys(group, peak)
+    return out
+
+
+def expert_kind(layer: str) -> str | None:
+    """Return the name of an expert's layer without its number, the same for all its siblings."""
+    kind, count = _EXPERT.subn(r"\1*\3", layer)
+    return kind if count else None
 
 
 @contextlib.contextmanager

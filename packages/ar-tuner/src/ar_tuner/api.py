@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
 from ar_tuner import events
+from ar_tuner.algorithms.opt_rtn import gains
 from ar_tuner.auto_scheme.choose import Chooser, Subject
 from ar_tuner.auto_scheme.front import plan_file, write_json
 from ar_tuner.auto_scheme.request import AutoScheme
@@ -18,6 +19,8 @@ from ar_tuner.auto_scheme.terrain import Sizer, Terrain, float_facts, terrain
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers
+from ar_tuner.plans import check_computable, with_scale_dtype
+from ar_tuner.refine import Rows, share_out, wanted_rows
 from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format
 from ar_tuner.settings import make_settings
 from ar_tuner.sink import parse_formats
@@ -54,8 +57,9 @@ class AutoRound:
         tokenizer: for a loaded model whose calibration data is text.
         scheme: preset name (`W4A16`), flat dict or `Scheme`; None: what the format implies
             (`gguf:q4_k_m`), else W4A16. An `AutoScheme` chooses one for each layer.
-        dataset: calibration data: None (an embedded text), a .txt/.json/.jsonl/.parquet file, a
-            list of strings or of token tensors, a DataLoader, or the name of a `datasets` set.
+        dataset: calibration data: None (an embedded text), a .txt/.json/.jsonl/.parquet file or a
+            directory of them, named sets and combinations (`a.json:num=64,pile-10k`), a list of
+            strings, records or token tensors, a DataLoader. See docs/calibration.md.
         on_event: called with every event of the run.
         **options: fields of `ar_tuner.settings.Settings`.
 
@@ -78,6 +82,7 @@ class AutoRound:
         self._formats: tuple[str, ...] = ()
         self.scheme = self._scheme()
         self.dataset = dataset
+        self._check_dataset()
         self.source = Path(model) if isinstance(model, (str, Path)) else None
         self.given = None if isinstance(model, (str, Path)) else model
         self._tokenizer = tokenizer
@@ -127,6 +132,14 @@ class AutoRound:
     def save_front(self, path: str | Path) -> None:
         """Write `front()` as a JSON file."""
         write_json(Path(path), self.front())
+
+    def keep_choice(self, directory: Path) -> None:
+        """Write what an `AutoScheme` chose into a directory, and say so; do nothing without one."""
+        if self.chooser is not None:
+            self.save_plan(directory / "plan.json")
+            self.save_front(directory / "front.json")
+            text = f"chosen: {directory / 'plan.json'} (for layer_config), the others: front.json"
+            self.emit(events.Note("info", text))
 
     def draft(self) -> LayerPlan:
         """Return the plan as far as it is known without weights.
@@ -207,15 +220,21 @@ class AutoRound:
         return self._prepared
 
     def algorithm(self) -> Algorithm:
-        """Return the algorithm of the recipe."""
-        recipe = self.settings.chosen
-        return algorithm("rtn" if recipe.iters == 0 else recipe.algorithm)
+        """Return the algorithm of the recipe.
 
-    def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Tensor:
-        """Return the calibration tokens [N, T], after telling what they are made of."""
-        from ar_tuner.calibration import calibration_rows, check_seqlen
+        Searched scales are not worth a calibration when every layer is too wide to gain by them.
+        """
+        recipe = self.settings.chosen
+        forced = recipe.disable_opt_rtn is False
+        idle = not forced and not any(gains(row.scheme) for row in self.plan().quantized)
+        return algorithm("rtn" if recipe.algorithm == "opt_rtn" and idle else recipe.algorithm)
+
+    def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Rows:
+        """Return the calibration tokens by use, after telling what they are made of."""
+        from ar_tuner.calibration import calibration_rows, check_ids, check_seqlen
 
         recipe = self.settings.chosen
+        numbers = None if recipe.stage is None else recipe.stage_settings(self.settings.seed)
         began = time.perf_counter()
         seqlen = check_seqlen(
             recipe.seqlen, getattr(model, "config", None), asked=self.settings.seqlen is not None
@@ -223,17 +242,23 @@ class AutoRound:
         rows, report = calibration_rows(
             self.dataset,
             tokenizer,
-            nsamples=recipe.nsamples,
+            nsamples=recipe.nsamples if numbers is None else wanted_rows(recipe.nsamples, numbers),
             seqlen=seqlen,
             seed=self.settings.seed,
             allow_download=self.settings.allow_download,
         )
-        for note in report.notes():
-            self.emit(events.Note("warning", note))
-        self.emit(
-            events.CalibrationReady(len(rows), int(rows.numel()), time.perf_counter() - began)
-        )
-        return rows
+        check_ids(rows, getattr(model, "config", None))
+        for note in dataclasses.replace(report, asked=min(recipe.nsamples, report.asked)).notes():
+            self.emit(note)
+        seconds = time.perf_counter() - began
+        self.emit(events.CalibrationReady(len(rows), rows.numel(), seconds, report.sources))
+        if numbers is None:
+            return Rows(rows)
+        shared = share_out(rows, report.documents, recipe.nsamples, numbers)
+        if shared is None:
+            text = f"distill is left out: {len(rows)} calibration rows are too few to hold any out"
+            self.emit(events.Note("warning", text))
+        return Rows(rows[: recipe.nsamples]) if shared is None else shared
 
     def emit(self, event: RunEvent) -> None:
         """Tell the listener and every plugin of an event."""
@@ -276,7 +301,7 @@ class AutoRound:
             plan = adjust_plan(name, plan, self._config(model))
         shared = "float16" if len(self._formats) > 1 else None  # what every format can hold
         plan = with_scale_dtype(plan, self.settings.scale_dtype or shared)
-        _check_computable(plan)
+        check_computable(plan)
         return plan
 
     def _terrain(self, model: nn.Module, layers: Sequence[LayerInfo]) -> Terrain:
@@ -290,24 +315,21 @@ class AutoRound:
 
     def _scoring_rows(self, model: nn.Module, tokenizer: Any) -> Tensor:
         """Return the tokens [N, T] that an `AutoScheme` scores with."""
-        from ar_tuner.calibration import calibration_rows, check_seqlen
+        from ar_tuner.calibration import calibration_rows, check_ids, check_seqlen
 
         assert self.chooser is not None
-        asked = self.chooser.asked
+        asked, config = self.chooser.asked, getattr(model, "config", None)
         rows, report = calibration_rows(
             self.dataset if asked.dataset is None else asked.dataset,
             tokenizer,
             nsamples=asked.number("nsamples"),
-            seqlen=check_seqlen(
-                asked.number("seqlen"),
-                getattr(model, "config", None),
-                asked=asked.seqlen is not None,
-            ),
+            seqlen=check_seqlen(asked.number("seqlen"), config, asked=asked.seqlen is not None),
             seed=asked.seed,
             allow_download=self.settings.allow_download,
         )
+        check_ids(rows, config)
         for note in report.notes():
-            self.emit(events.Note("warning", note))
+            self.emit(note)
         return rows
 
     def _strangers(self, model: nn.Module, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
@@ -323,6 +345,13 @@ class AutoRound:
         config = json.loads(json.dumps(described.to_dict(), default=str))
         config.setdefault("architectures", [type(model).__name__])
         return config
+
+    def _check_dataset(self) -> None:
+        from ar_tuner.calibration import check_dataset
+
+        recipe = self.settings.chosen
+        nsamples = recipe.nsamples if recipe.iters else None
+        check_dataset(self.dataset, nsamples=nsamples, allow_download=self.settings.allow_download)
 
     def _scheme(self) -> Scheme:
         which = self._asked
@@ -342,41 +371,3 @@ class AutoRound:
             "sym": self.settings.sym,
         }
         return scheme(which).with_overrides(overrides)
-
-
-def with_scale_dtype(plan: LayerPlan, dtype: str | None) -> LayerPlan:
-    """Return the plan with scales of integers stored in another type."""
-    if dtype is None:
-        return plan
-
-    def changed(which: Scheme) -> Scheme:
-        if which.weight is None or which.weight.data_type != "int":
-            return which
-        return dataclasses.replace(which, weight=which.weight.with_(scale_dtype=dtype))
-
-    rows = tuple(dataclasses.replace(row, scheme=changed(row.scheme)) for row in plan.rows)
-    return LayerPlan(rows=rows, default=changed(plan.default))
-
-
-def _check_computable(plan: LayerPlan) -> None:
-    from ar_kernels import data_types
-
-    if not plan.quantized:
-        msg = f"scheme {plan.default.name} quantizes no layer of this model: see `ar plan`"
-        raise TunerError(msg)
-    for row in plan.quantized:
-        spec = row.scheme.weight
-        assert spec is not None
-        kind = data_types().get(spec.data_type)
-        why: str | None = f"no installed package knows the data type {spec.data_type!r}"
-        why = why if kind is None else kind.refuses(spec)
-        act = row.scheme.activation
-        if why is None and act is not None:
-            other = data_types().get(act.data_type)
-            why = f"no installed package knows the activation data type {act.data_type!r}"
-            why = why if other is None else other.refuses(act)
-        if row.layer.copies > 1:
-            why = "it is one tensor of fused experts, and this version tunes linear layers only"
-        if why is not None:
-            msg = f"scheme {row.scheme.name} (layer {row.layer.name}) cannot be computed: {why}"
-            raise TunerError(msg)

@@ -108,7 +108,8 @@ def layers_of(model: nn.Module, discovery: Discovery, adapter: ModelAdapter) -> 
             router = adapter.is_router(name, module)
             keep = adapter.keep(name, module) if block is not None else None
             role = "router" if router else "experts" if ".experts." in name else "linear"
-            yield LayerInfo(name, rows, columns, block, role=role, keep=keep)  # type: ignore[arg-type]
+            turned = not isinstance(module, nn.Linear)
+            yield LayerInfo(name, rows, columns, block, role=role, keep=keep, transposed=turned)  # type: ignore[arg-type]
         elif block is not None:
             yield from _fused(name, module, block)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+Level: TypeAlias = Literal["info", "warning"]
+
 
 @dataclass(frozen=True)
 class Event:
@@ -35,12 +37,13 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class CalibrationReady(Event):
-    """The calibration rows are there: how many, of how many tokens in all."""
+    """The calibration rows are there: how many, of how many tokens in all, from which sets."""
 
     kind: ClassVar[str] = "calibration_ready"
     rows: int
     tokens: int
     seconds: float
+    sources: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ class BlockProgress(Event):
 class BlockDone(Event):
     """A block is final.
 
-    Losses are mean squared errors of the block's output on the same rows, rounded to nearest and
-    as returned; None where nothing was measured. `eta_seconds` is None until it can be told.
+    Losses are mean squared errors of the block's output (for the output head: KL divergence of the
+    probabilities, in nats) on the same rows, rounded to nearest and as returned; None where nothing
+    was measured. `eta_seconds` is None until it can be told.
     """
 
     kind: ClassVar[str] = "block_done"
@@ -119,11 +123,42 @@ class SchemeChosen(Event):
 
 
 @dataclass(frozen=True)
+class StageStarted(Event):
+    """A stage begins to refine the whole model."""
+
+    kind: ClassVar[str] = "stage_started"
+    name: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class StageProgress(Event):
+    """A stage is at work; `loss` is that of the last rows."""
+
+    kind: ClassVar[str] = "stage_progress"
+    name: str
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class StageDone(Event):
+    """A stage has ended; losses are those of held-out rows, equal if its result was not kept."""
+
+    kind: ClassVar[str] = "stage_done"
+    name: str
+    loss_before: float | None
+    loss_after: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Note(Event):
     """Something a user should know; a warning when the result differs from what was asked."""
 
     kind: ClassVar[str] = "note"
-    level: Literal["info", "warning"]
+    level: Level
     text: str
 
 
@@ -146,6 +181,9 @@ RunEvent: TypeAlias = (
     | BlockStarted
     | BlockProgress
     | BlockDone
+    | StageStarted
+    | StageProgress
+    | StageDone
     | Note
     | RunFinished
 )

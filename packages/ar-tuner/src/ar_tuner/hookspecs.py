@@ -16,19 +16,26 @@ if TYPE_CHECKING:
     from ar_tuner.calibration.sources import DatasetSource
     from ar_tuner.events import RunEvent
     from ar_tuner.sink import Sink, SinkRequest
+    from ar_tuner.stages import Stage
 
 hookspec = pluggy.HookspecMarker("ar_tuner")
 hookimpl = pluggy.HookimplMarker("ar_tuner")
 
 
 @hookspec
-def ar_register_algorithms() -> Iterable[Algorithm]:  # type: ignore[empty-body]
-    """Return algorithms: from one block and its inputs to quantized weights."""
+def ar_register_algorithms() -> Iterable[Algorithm | Stage]:  # type: ignore[empty-body]
+    """Return algorithms (from one block and its inputs to quantized weights) and stages.
+
+    A stage refines the whole quantized model once its blocks are done.
+    """
 
 
 @hookspec
 def ar_register_datasets() -> Iterable[DatasetSource]:  # type: ignore[empty-body]
-    """Return named calibration sources: a name to an iterable of texts."""
+    """Return named calibration sources: a name to records of texts, chats or token ids.
+
+    A set on a hub needs no code: return an `ar_tuner.calibration.HubSet` that describes it.
+    """
 
 
 @hookspec

@@ -9,26 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ar_tuner import events
-from ar_tuner.algorithms.base import Target, TuneSettings
+from ar_tuner.algorithms.base import BlockResult, Target
 from ar_tuner.algorithms.rtn import nearest
-from ar_tuner.blocks import WeightRef, is_linear, weight_of
+from ar_tuner.blocks import Block, WeightRef, is_linear, weight_of
+from ar_tuner.determinism import deterministic
 from ar_tuner.errors import TunerError
+from ar_tuner.logits import tail_of
 from ar_tuner.names import map_names, source_files, source_tensors
-from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks
+from ar_tuner.pipeline import Job, install, needs_inputs, quantize_blocks, wants_float_inputs
 from ar_tuner.progress import Eta, peak_bytes
-from ar_tuner.recipes import auto_lr
-from ar_tuner.registry import open_sink
+from ar_tuner.refine import Refinement, copy_floats, install_refined, refine, refusal
+from ar_tuner.registry import open_sink, stage
+from ar_tuner.rows import none_left
 from ar_tuner.run import Run, fingerprint
 from ar_tuner.sink import SinkRequest, Sinks, folders
+from ar_tuner.stages import ModelResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan
     from ar_tuner.api import AutoRound, Prepared
+    from ar_tuner.refine import Rows
 
 Weights = dict[str, "QuantizedWeight"]
 
@@ -36,11 +41,19 @@ Weights = dict[str, "QuantizedWeight"]
 def quantize_in_memory(request: AutoRound, prepared: Prepared) -> None:
     """Quantize the model in place, without a run directory."""
     began = time.perf_counter()
-    job = _job(request, prepared, finished=lambda _: None)
-    for _ in _narrated(request, job, resumed=0, run_dir=""):
-        continue
-    for name, weight in _outside(prepared):
-        _install_outside(prepared.model, name, weight)
+    rows = _rows(request, prepared)
+    job = _job(request, prepared, finished=lambda _: None, rows=rows)
+    outside = dict(_outside(prepared, job))
+    refinement = _refinement(request, prepared, job, rows, outside)
+    weights: Weights = {}
+    with deterministic(enabled=request.settings.enable_deterministic_algorithms):
+        for _, _, result in _narrated(request, job, resumed=0, run_dir=""):
+            weights |= result.weights if refinement is not None else {}
+        for name, weight in outside.items():
+            _install_outside(prepared.model, name, weight)
+        if refinement is not None:
+            refined = refine(job, refinement, weights, emit=request.emit)
+            install_refined(job, refined.weights, refined.tensors)
     request.emit(
         events.RunFinished(
             "", time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
@@ -62,26 +75,32 @@ def quantize_to_directory(
     sink = _open_sinks(request, prepared.plan, output, formats, prepared)
     run_dir = Path(request.settings.run_dir or output.with_name(f"{output.name}.run"))
     try:
-        rows = None
-        if needs_inputs(request.algorithm(), prepared.plan):
-            rows = request.calibration_rows(prepared.tokenizer, prepared.model)
+        rows = _rows(request, prepared)
         settings = _run_settings(request, ",".join(formats))
         run = Run.open(
             run_dir,
             settings,
-            fingerprint(settings, prepared.plan, rows, request.source, prepared.model),
+            fingerprint(
+                settings,
+                prepared.plan,
+                None if rows is None else rows.all,
+                request.source,
+                prepared.model,
+            ),
             resume=request.settings.resume,
         )
         with run:
-            _keep_choice(request, run.directory)
+            request.keep_choice(run.directory)
             job = _job(request, prepared, finished=_loader(run), rows=rows)
-            outside = dict(_outside(prepared))
-            _write(request, prepared, job, run, sink, outside)
+            outside = dict(_outside(prepared, job))
+            with deterministic(enabled=request.settings.enable_deterministic_algorithms):
+                refinement = _refinement(request, prepared, job, rows, outside)
+                _write(request, prepared, job, run, sink, outside, refinement)
             written = sink.commit()
             final = written[0] if len(written) == 1 else output
             if check is not None:
                 for path in written:
-                    find = _weight_finder(request, prepared, run, outside)
+                    find = _weight_finder(request, prepared, job, run, outside)
                     check(path, find, prepared.model)
             event = events.RunFinished(
                 str(final), time.perf_counter() - began, peak_bytes(), prepared.plan.bits_per_weight
@@ -93,17 +112,6 @@ def quantize_to_directory(
         sink.abort()
         raise
     return prepared.model, final
-
-
-def _keep_choice(request: AutoRound, directory: Path) -> None:
-    """Write what an `AutoScheme` chose beside the run's journal."""
-    if request.chooser is not None:
-        request.save_plan(directory / "plan.json")
-        request.save_front(directory / "front.json")
-        text = (
-            f"chosen schemes in {directory / 'plan.json'} (for layer_config), others in front.json"
-        )
-        request.emit(events.Note("info", text))
 
 
 def _open_sinks(
@@ -130,6 +138,7 @@ def _write(  # noqa: PLR0913
     run: Run,
     sink: Sinks,
     outside: Weights,
+    refinement: Refinement | None,
 ) -> None:
     names = _source_names(request, prepared)
     written: set[str] = set()
@@ -139,31 +148,89 @@ def _write(  # noqa: PLR0913
         sink.put(key.removesuffix(".weight"), weight)
         written.add(key)
 
-    for index, name, weights in _narrated(
+    for index, name, result in _narrated(
         request, job, resumed=len(run.finished), run_dir=str(run.directory), run=run
     ):
         if index not in run.finished:
-            run.save_block(index, name, weights, {})
-        for layer, weight in weights.items():
-            put(layer, weight)
+            run.save_block(index, name, result.weights, result.facts())
+        if refinement is None:
+            for layer, weight in result.weights.items():
+                put(layer, weight)
     for layer, weight in outside.items():
         _install_outside(prepared.model, layer, weight)
         put(layer, weight)
+    if refinement is not None:
+        refined = _refined(request, job, run, refinement)
+        for layer, weight in refined.weights.items():
+            put(layer, weight)
+        for name, tensor in refined.tensors.items():
+            sink.put_tensor(names[name], tensor.cpu())
+            written.add(names[name])
     for key, tensor in _untouched(request, prepared, written):
         sink.put_tensor(key, tensor)
 
 
+def _rows(request: AutoRound, prepared: Prepared) -> Rows | None:
+    if not needs_inputs(request.algorithm(), prepared.plan):
+        return None
+    return request.calibration_rows(prepared.tokenizer, prepared.model)
+
+
+def _refinement(
+    request: AutoRound, prepared: Prepared, job: Job, rows: Rows | None, outside: Weights
+) -> Refinement | None:
+    """Return the stage that is to follow the walk, or None; copies the float weights for it."""
+    name = request.settings.chosen.stage
+    if name is None or rows is None or rows.stage is None or rows.held_out is None:
+        return None
+    modules = {layer: prepared.model.get_submodule(layer) for layer in outside}
+    why = refusal(prepared.model, prepared.plan, job)
+    if why is not None:
+        request.emit(events.Note("warning", f"{name} is left out: {why}"))
+        return None
+    home = _device(prepared.model)
+    return Refinement(
+        stage=stage(name),
+        settings=request.settings.chosen.stage_settings(request.settings.seed),
+        rows=rows.stage.to(home),
+        held_out=rows.held_out.to(home),
+        floats=copy_floats(job, modules),
+    )
+
+
+def _refined(request: AutoRound, job: Job, run: Run, refinement: Refinement) -> ModelResult:
+    """Return the result of the stage: an earlier run's, or made and kept now; installed."""
+    index, name = len(job.blocks), refinement.stage.name
+
+    def emit(event: events.RunEvent) -> None:
+        run.record(event)
+        request.emit(event)
+
+    if index not in run.finished:
+        weights: Weights = {}
+        for i in range(index):
+            weights |= run.load_block(i)[0] if i in run.finished else {}
+        made = refine(job, refinement, weights, emit=emit, run=run)
+        run.put_state(f"{name}-tensors", made.tensors, refinement.settings.steps)
+        facts = {"loss_before": made.loss_before, "loss_after": made.loss_after}
+        run.save_block(index, name, {**weights, **made.weights}, facts)
+    saved = run.get_state(f"{name}-tensors")
+    result = ModelResult(run.load_block(index)[0], {} if saved is None else saved[0])
+    install_refined(job, result.weights, result.tensors)
+    return result
+
+
 def _narrated(
     request: AutoRound, job: Job, *, resumed: int, run_dir: str, run: Run | None = None
-) -> Iterator[tuple[int, str, Mapping[str, QuantizedWeight]]]:
-    """Yield (index, name, weights) of every block, telling listeners how it goes."""
+) -> Iterator[tuple[int, str, BlockResult]]:
+    """Yield (index, name, result) of every block, telling listeners how it goes."""
 
     def emit(event: events.RunEvent) -> None:
         if run is not None:
             run.record(event)
         request.emit(event)
 
-    blocks = job.discovery.blocks
+    blocks = job.blocks
     total = len(blocks)
     emit(
         events.RunStarted(
@@ -178,6 +245,7 @@ def _narrated(
             events.BlockProgress(i, total, blocks[i].name, step, steps, loss)
         ),
         started=lambda i: emit(events.BlockStarted(i, total, blocks[i].name)),
+        note=lambda level, text: emit(events.Note(level, text)),
     )
     eta = Eta(total)
     for outcome in quantize_blocks(job):
@@ -198,86 +266,87 @@ def _narrated(
                 eta.seconds_left(),
             )
         )
-        yield outcome.index, outcome.name, result.weights
+        yield outcome.index, outcome.name, result
 
 
 def _job(
     request: AutoRound,
     prepared: Prepared,
     *,
-    finished: Callable[[int], Weights | None],
-    rows: Tensor | None = None,
+    finished: Callable[[int], BlockResult | None],
+    rows: Rows | None,
 ) -> Job:
     recipe = request.settings.chosen
     chosen = request.algorithm()
-    if rows is None and needs_inputs(chosen, prepared.plan):
-        rows = request.calibration_rows(prepared.tokenizer, prepared.model)
-    spec = request.scheme.weight
-    lr = recipe.lr
-    if lr is None and recipe.iters:
-        lr = auto_lr(recipe.iters, spec.bits if spec is not None else 4)
+    tuned, held = recipe.iters > 0, request.settings.validation_rows
+    if rows is not None and held >= len(rows.walk):
+        raise TunerError(none_left(held, len(rows.walk)))
+    chained = request.settings.enable_quanted_input and not wants_float_inputs(chosen)
     return Job(
         model=prepared.model,
         adapter=prepared.adapter,
         discovery=prepared.discovery,
         plan=prepared.plan,
         algorithm=chosen,
-        settings=TuneSettings(
-            iters=recipe.iters,
-            batch_size=recipe.batch_size,
-            lr=lr,
-            minmax_lr=recipe.minmax_lr,
-            seed=request.settings.seed,
-            scale_init=request.settings.scale_init,
-            keep="last" if request.settings.not_use_best_mse else "best",
-            minmax_tuning=request.settings.enable_minmax_tuning,
-        ),
-        rows=None if rows is None else rows.to(_device(prepared.model)),
+        settings=request.settings.tuning(),
+        rows=None if rows is None else rows.walk.to(_device(prepared.model)),
         chain_batch=recipe.batch_size,
-        quantized_inputs=request.settings.enable_quanted_input,
+        quantized_inputs=chained,
         finished=finished,
         report=lambda index, step, steps, loss: None,
+        window=request.settings.nblocks if tuned else 1,
+        head=_head(prepared) if rows is not None else None,
+        tail=tail_of(getattr(prepared.model, "config", None)),
     )
+
+
+def _head(prepared: Prepared) -> Block | None:
+    """Return the output head as a block of its own if it is to be quantized."""
+    heads = (r for r in prepared.plan.of_block(None) if r.quantized and r.layer.role == "lm_head")
+    name = next((row.layer.name for row in heads), None)
+    return None if name is None else Block(name, prepared.model.get_submodule(name))
 
 
 def _device(model: nn.Module) -> Any:
     return next(model.parameters()).device
 
 
-def _loader(run: Run) -> Callable[[int], Weights | None]:
-    def load(index: int) -> Weights | None:
+def _loader(run: Run) -> Callable[[int], BlockResult | None]:
+    def load(index: int) -> BlockResult | None:
         if index not in run.finished:
             return None
-        return dict(run.load_block(index)[0])
+        return BlockResult.restored(*run.load_block(index))
 
     return load
 
 
 def _weight_finder(
-    request: AutoRound, prepared: Prepared, run: Run, outside: Weights
+    request: AutoRound, prepared: Prepared, job: Job, run: Run, outside: Weights
 ) -> Callable[[str], QuantizedWeight]:
     """Return a function from a layer's name in the files to its exact weight."""
     names = {
         source.removesuffix(".weight"): model.removesuffix(".weight")
         for model, source in _source_names(request, prepared).items()
     }
-    index_of = {b.name: i for i, b in enumerate(prepared.discovery.blocks)}
+    index_of = {b.name: i for i, b in enumerate(job.blocks)}
 
     def find(layer: str) -> QuantizedWeight:
         layer = names.get(layer, layer)
         if layer in outside:
             return outside[layer]
+        if len(job.blocks) in run.finished:
+            return run.load_block(len(job.blocks))[0][layer]
         block = prepared.plan[layer].layer.block
-        assert block is not None
-        return run.load_block(index_of[block])[0][layer]
+        return run.load_block(index_of[layer if block is None else block])[0][layer]
 
     return find
 
 
-def _outside(prepared: Prepared) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Yield quantized layers outside the blocks (output head, embedding), rounded to nearest."""
+def _outside(prepared: Prepared, job: Job) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Yield quantized layers that the walk does not reach (the embedding), rounded to nearest."""
+    walked = None if job.head is None else job.head.name
     for row in prepared.plan.of_block(None):
-        if row.quantized:
+        if row.quantized and row.layer.name != walked:
             module = prepared.model.get_submodule(row.layer.name)
             ref = WeightRef(row.layer.name, "weight", transposed=False)
             if not is_linear(module) and row.layer.role != "embedding":

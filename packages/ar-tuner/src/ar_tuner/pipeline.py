@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.func import functional_call
 
-from ar_tuner.activations import (
-    collect_ranges,
-    is_static,
-    quantized_activations,
-    static_ranges,
-    with_range,
-)
-from ar_tuner.algorithms.base import BlockResult, BlockTask, Target, TuneSettings, as_parameter
-from ar_tuner.blocks import weights_of
+from ar_tuner.activations import is_static, quantized_activations, static_ranges
+from ar_tuner.algorithms.base import BlockResult, Target, TuneSettings, as_parameter
+from ar_tuner.algorithms.importance import metered
+from ar_tuner.blocks import WeightRef, weights_of
 from ar_tuner.errors import TunerError
-from ar_tuner.fused import shared_values
-from ar_tuner.rows import RowBank, rows_of
-from ar_tuner.walk import Frame, execute, hidden, suspended, trace_calls
+from ar_tuner.spans import Material, quantize_span
+from ar_tuner.walk import Frame, suspended, trace_calls
+from ar_tuner.window import Passage, check_chained, follow, windows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -35,8 +29,7 @@ if TYPE_CHECKING:
     from ar_tuner.adapters import ModelAdapter
     from ar_tuner.algorithms.base import Algorithm
     from ar_tuner.blocks import Block, Discovery
-
-Weights = dict[str, "QuantizedWeight"]
+    from ar_tuner.events import Level
 
 
 @dataclass(frozen=True)
@@ -47,9 +40,13 @@ class Job:
         rows: calibration tokens [N, T]; None for algorithms that need none.
         chain_batch: rows per forward of the walk.
         quantized_inputs: blocks are tuned on what the quantized blocks before them give.
-        finished: weights of blocks that an earlier, interrupted run has finished.
+        finished: what became of a block that an earlier, interrupted run has finished.
         report: called with (block index, step, steps, loss) while a block is tuned.
         started: called with the index of a block before work on it begins.
+        note: called with a level and a text that a user should know.
+        window: consecutive blocks that are tuned as one.
+        head: the output head, walked after the blocks as one more, if it is to be quantized.
+        tail: what the model does to the head's logits.
     """
 
     model: nn.Module
@@ -61,12 +58,24 @@ class Job:
     rows: Tensor | None
     chain_batch: int
     quantized_inputs: bool
-    finished: Callable[[int], Weights | None]
+    finished: Callable[[int], BlockResult | None]
     report: Callable[[int, int, int, float], None]
     started: Callable[[int], None] = lambda index: None
+    note: Callable[[Level, str], None] = lambda level, text: None
+    window: int = 1
+    head: Block | None = None
+    tail: Callable[[Tensor], Tensor] = lambda logits: logits
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """What the walk stops at: the blocks, and after them the head."""
+        return (*self.discovery.blocks, *([] if self.head is None else [self.head]))
 
     def targets(self, block: Block) -> tuple[Target, ...]:
         """Return the weights of a block that the plan quantizes."""
+        if block is self.head:
+            ref = WeightRef(block.name, "weight", transposed=False)
+            return (Target(ref, self.plan[block.name].scheme),)
         planned = {r.layer.name: r.scheme for r in self.plan.of_block(block.name) if r.quantized}
         return tuple(Target(ref, planned[ref.layer]) for ref in weights_of(block, list(planned)))
 
@@ -91,11 +100,12 @@ def quantize_blocks(job: Job) -> Iterator[BlockOutcome]:
     if needs_inputs(job.algorithm, job.plan):
         yield from _walk(job)
         return
-    for index, block in enumerate(job.discovery.blocks):
+    for index, block in enumerate(job.blocks):
         began = time.perf_counter()
-        result, restored = _quantize(job, index, None, ())
-        install(block.module, _replacements(job, block, result.weights))
-        yield BlockOutcome(index, block.name, result, time.perf_counter() - began, restored)
+        results, restored = quantize_span(job, (index,), None, [])
+        install(block.module, _replacements(job, block, results[index].weights))
+        seconds = time.perf_counter() - began
+        yield BlockOutcome(index, block.name, results[index], seconds, restored)
 
 
 def needs_inputs(algorithm: Algorithm, plan: LayerPlan) -> bool:
@@ -103,56 +113,102 @@ def needs_inputs(algorithm: Algorithm, plan: LayerPlan) -> bool:
     return algorithm.needs_inputs or any(is_static(row.scheme) for row in plan.quantized)
 
 
+def wants_float_inputs(algorithm: Algorithm) -> bool:
+    """Tell whether an algorithm looks at what the float model gives its blocks."""
+    return bool(getattr(algorithm, "float_inputs", False))
+
+
 def _walk(job: Job) -> Iterator[BlockOutcome]:
     assert job.rows is not None
-    blocks = job.discovery.blocks
+    blocks = job.blocks
     modules = [b.module for b in blocks]
     entry = job.adapter.entry(job.model)
-    chunks = list(job.rows.split(job.chain_batch))
-    batches = [job.adapter.inputs(job.model, chunk) for chunk in chunks]
-    order = trace_calls(entry, modules, job.adapter.inputs(job.model, job.rows[:1]))
-    _check_called(job, order)
-    left = Counter(order)
-    chains = 2 if job.quantized_inputs else 1
+    batches = [job.adapter.inputs(job.model, rows) for rows in job.rows.split(job.chain_batch)]
+    spans = _spans(job, entry, modules)
+    left = Counter(index for span in spans for index in span)
+    done: dict[int, BlockResult] = {}
     replaced: dict[int, dict[str, Tensor]] = {}
-    weights: dict[int, Mapping[str, QuantizedWeight]] = {}
-    with suspended(entry, modules, batches * chains) as frames:
-        for position, index in enumerate(order):
-            floats = [f for f in frames[: len(batches)] if _stands_at(f, index)]
-            quants = [f for f in frames[len(batches) :] if _stands_at(f, index)]
+    errors: list[float] = []
+    with suspended(entry, modules, batches * (2 if job.quantized_inputs else 1)) as frames:
+        for position, span in enumerate(spans):
+            floats = [f for f in frames[: len(batches)] if _stands_at(f, span[0])]
+            quants = [f for f in frames[len(batches) :] if _stands_at(f, span[0])]
             if not floats:
                 continue
-            outputs = [execute(modules[index], f.call) for f in floats if f.call is not None]
-            left[index] -= 1
-            if index not in replaced:
-                began = time.perf_counter()
-                calls = [f.call for f in (quants or floats) if f.call is not None]
-                references = [hidden(o) for o in outputs]
-                bank = RowBank.of(calls, [r.shape[0] for r in references])
-                result, restored = _quantize(job, index, bank, rows_of(references))
-                replaced[index] = _replacements(job, blocks[index], result.weights)
-                weights[index] = result.weights
-                del calls, references, bank
-            else:
-                result = None
-            last = position == len(order) - 1
-            if not last:
-                with quantized_activations(
-                    modules[index], job.targets(blocks[index]), static_ranges(weights[index])
-                ):
-                    answers = _answers(modules[index], quants, replaced[index])
-                for frame, answer in zip([*floats, *quants], [*outputs, *answers], strict=True):
-                    frame.resume(answer)
-            if left[index] == 0:
-                install(modules[index], replaced[index])
-                replaced[index], weights[index] = {}, {}
-            if result is not None:
-                seconds = time.perf_counter() - began
-                yield BlockOutcome(index, blocks[index].name, result, seconds, restored)
+            began, fresh, restored = time.perf_counter(), span[0] not in done, False
+            passages, energy = _float_pass(job, span, floats)
+            if fresh:
+                firsts = [f.call for f in quants or floats if f.call is not None]
+                material = Material(firsts, passages, energy)
+                results, restored = quantize_span(job, span, material, errors)
+                del firsts, material
+                for index, result in results.items():
+                    replaced[index] = _replacements(job, blocks[index], result.weights)
+                done |= results
+            if position < len(spans) - 1:
+                _pass_on(job, span, quants, done, replaced)
+                for frame, passage in zip(floats, passages, strict=True):
+                    frame.resume(passage.output)
+            del passages
+            seconds = (time.perf_counter() - began) / len(span)
+            for index in span:
+                left[index] -= 1
+                result, name = done[index], blocks[index].name
+                if left[index] == 0:
+                    install(modules[index], replaced[index])
+                    done[index], replaced[index] = BlockResult({}), {}
+                if fresh:
+                    yield BlockOutcome(index, name, result, seconds, restored)
+
+
+def _spans(job: Job, entry: nn.Module, modules: Sequence[nn.Module]) -> list[tuple[int, ...]]:
+    """Return the blocks in the windows they are tuned in, as one forward calls them."""
+    assert job.rows is not None
+    row = job.adapter.inputs(job.model, job.rows[:1])
+    order = trace_calls(entry, modules, row)
+    _check_called(job, order)
+    lists = [b.name.rpartition(".")[0] for b in job.discovery.blocks]
+    spans = windows(order, lists if job.head is None else [*lists, job.head.name], job.window)
+    check_chained(entry, modules, spans, row)
+    return spans
 
 
 def _stands_at(frame: Frame, index: int) -> bool:
     return frame.call is not None and frame.call.index == index
+
+
+def _float_pass(
+    job: Job, span: tuple[int, ...], frames: list[Frame]
+) -> tuple[list[Passage], Mapping[str, Tensor]]:
+    """Lead the float frames through a window; return their ways and the energy of the inputs.
+
+    The head is not run: its output would not fit.
+    """
+    modules = [b.module for b in job.blocks]
+    block = job.blocks[span[0]]
+    if block is job.head:
+        return [Passage((f.call,), None, ()) for f in frames if f.call is not None], {}
+    metering = wants_float_inputs(job.algorithm) and len(span) == 1
+    with metered(block.module, job.targets(block) if metering else ()) as energy:
+        passages = [follow(modules, span, frame) for frame in frames]
+    return passages, energy.means()
+
+
+def _pass_on(
+    job: Job,
+    span: tuple[int, ...],
+    frames: list[Frame],
+    results: Mapping[int, BlockResult],
+    replaced: Mapping[int, Mapping[str, Tensor]],
+) -> None:
+    """Lead the quantized frames through a window and on to the next one."""
+    for index in span:
+        block = job.blocks[index]
+        ranges = static_ranges(results[index].weights)
+        with quantized_activations(block.module, job.targets(block), ranges):
+            answers = _answers(block.module, frames, replaced[index])
+        for frame, answer in zip(frames, answers, strict=True):
+            frame.resume(answer)
 
 
 def _answers(block: nn.Module, frames: list[Frame], weights: Mapping[str, Tensor]) -> list[object]:
@@ -163,39 +219,6 @@ def _answers(block: nn.Module, frames: list[Frame], weights: Mapping[str, Tensor
         with torch.no_grad():
             out.append(functional_call(block, dict(weights), frame.call.args, frame.call.kwargs))
     return out
-
-
-def _quantize(
-    job: Job, index: int, bank: RowBank | None, reference: Any
-) -> tuple[BlockResult, bool]:
-    block = job.discovery.blocks[index]
-    targets = job.targets(block)
-    saved = job.finished(index)
-    if saved is not None:
-        return BlockResult(saved), True
-    if not targets:
-        return BlockResult({}), False
-    job.started(index)
-    task = BlockTask(
-        block=block.module,
-        name=block.name,
-        targets=targets,
-        inputs=bank,
-        reference=reference,
-        settings=job.settings,
-        report=lambda step, steps, loss: job.report(index, step, steps, loss),
-    )
-    _check_finite(task)
-    task = dataclasses.replace(task, shared=shared_values(task))
-    if bank is not None:
-        task = dataclasses.replace(task, ranges=collect_ranges(task))
-    result = job.algorithm.quantize(task)
-    schemes = {t.ref.layer: t.scheme for t in targets}
-    weights = {
-        layer: with_range(weight, schemes[layer], task.ranges.get(layer))
-        for layer, weight in result.weights.items()
-    }
-    return dataclasses.replace(result, weights=weights), False
 
 
 def _replacements(
@@ -217,19 +240,17 @@ def install(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def _check_called(job: Job, order: list[int]) -> None:
     called = set(order)
-    missed = [
-        b.name for i, b in enumerate(job.discovery.blocks) if i not in called and job.targets(b)
-    ]
+    missed = [b.name for i, b in enumerate(job.blocks) if i not in called and job.targets(b)]
     if missed:
         msg = (
             f"{len(missed)} blocks are never run on text and cannot be tuned: "
             f"{', '.join(missed[:8])}. Leave them out with ignore_layers, or use recipe 'rtn'."
         )
         raise TunerError(msg)
-
-
-def _check_finite(task: BlockTask) -> None:
-    bad = [t.ref.layer for t in task.targets if not torch.isfinite(task.weight(t)).all()]
-    if bad:
-        msg = f"weights with NaN or infinite values cannot be quantized: {', '.join(bad)}"
+    head = len(job.discovery.blocks)
+    if job.head is not None and (order[-1] != head or order.count(head) > 1):
+        msg = (
+            f"the output head {job.head.name} is not run once, after all blocks, so it cannot be "
+            "tuned with them. Leave it in 16 bits (quant_lm_head off), or use recipe 'rtn'."
+        )
         raise TunerError(msg)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ar_tuner.stages import StageSettings
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -15,7 +17,9 @@ class Recipe:
         batch_size: rows per step.
         lr: first step of the rounding offsets, in quantization steps; None: see `auto_lr`.
         minmax_lr: first step of the scale factors; None: as `lr`.
-        algorithm: name of the algorithm.
+        disable_opt_rtn: without steps, round with plain scales instead of searched ones.
+        tuned_by: algorithm for blocks, where there are steps.
+        stage: what refines the whole model afterwards, with as many steps; None: nothing.
     """
 
     name: str
@@ -25,7 +29,20 @@ class Recipe:
     batch_size: int = 8
     lr: float | None = None
     minmax_lr: float | None = None
-    algorithm: str = "signround"
+    disable_opt_rtn: bool | None = None
+    tuned_by: str = "second_order"
+    stage: str | None = "distill"
+
+    @property
+    def algorithm(self) -> str:
+        """Name of the algorithm."""
+        if self.iters:
+            return self.tuned_by
+        return "rtn" if self.disable_opt_rtn else "opt_rtn"
+
+    def stage_settings(self, seed: int) -> StageSettings:
+        """Return the numbers of the stage: as many steps as a block has, of half the rows."""
+        return StageSettings(self.iters, max(1, self.batch_size // 2), seed)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -34,9 +51,13 @@ RECIPES: dict[str, Recipe] = {
         Recipe("best", iters=1000, nsamples=512),
         Recipe("default", iters=200, nsamples=128),
         Recipe("light", iters=50, nsamples=128, lr=5e-3),
-        Recipe("rtn", iters=0, nsamples=1, algorithm="rtn"),
+        Recipe("fast", iters=4, nsamples=128, stage=None),
+        Recipe("rtn", iters=0, nsamples=1, disable_opt_rtn=True),
+        Recipe("opt_rtn", iters=0, nsamples=128),
     )
 }
+SPELLINGS = {"opt-rtn": "opt_rtn"}
+"""Other ways to write a recipe's name."""
 
 
 def auto_lr(iters: int, bits: int) -> float:

@@ -12,6 +12,7 @@ from ar_tuner.algorithms.base import Algorithm
 from ar_tuner.auto_scheme.scorers.base import Scorer
 from ar_tuner.calibration.sources import DatasetSource
 from ar_tuner.errors import TunerError
+from ar_tuner.stages import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,10 +28,9 @@ def host() -> PluginHost:
 
 
 @functools.cache
-def _algorithms() -> Registry[Algorithm]:
-    return Registry(
-        host(), "ar_register_algorithms", kind=Algorithm, name_of=lambda item: item.name
-    )
+def _algorithms() -> Registry[Algorithm | Stage]:
+    kinds = (Algorithm, Stage)
+    return Registry(host(), "ar_register_algorithms", kind=kinds, name_of=lambda item: item.name)
 
 
 @functools.cache
@@ -64,7 +64,24 @@ def datasets() -> Mapping[str, DatasetSource]:
 
 def algorithms() -> Mapping[str, Algorithm]:
     """Return every algorithm, plugins' included."""
-    return _algorithms().all()
+    return {k: v for k, v in _algorithms().all().items() if isinstance(v, Algorithm)}
+
+
+def stages() -> Mapping[str, Stage]:
+    """Return every stage, plugins' included."""
+    return {k: v for k, v in _algorithms().all().items() if isinstance(v, Stage)}
+
+
+def stage(name: str) -> Stage:
+    """Return a stage by name.
+
+    Raises:
+        TunerError: no such stage is installed.
+    """
+    found = _algorithms().find(name)
+    if not isinstance(found, Stage):
+        raise TunerError(unknown_name("stage", name, stages()))
+    return found
 
 
 def algorithm(name: str) -> Algorithm:
@@ -74,7 +91,7 @@ def algorithm(name: str) -> Algorithm:
         TunerError: no such algorithm is installed.
     """
     found = _algorithms().find(name)
-    if found is None:
+    if not isinstance(found, Algorithm):
         raise TunerError(unknown_name("algorithm", name, algorithms()))
     return found
 

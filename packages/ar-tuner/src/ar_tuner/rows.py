@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ar_tuner.errors import TunerError
+
 if TYPE_CHECKING:
     from ar_tuner.walk import Call
 
@@ -32,7 +34,7 @@ class RowBank:
     @classmethod
     def of(cls, calls: Sequence[Call], sizes: Sequence[int]) -> RowBank:
         """Return the bank of some calls; `sizes` are the rows in each."""
-        leaves = [dict(_leaves((c.args, c.kwargs))) for c in calls]
+        leaves = [dict(leaves_of((c.args, c.kwargs))) for c in calls]
         split: set[Path] = set()
         joinable = all(set(found) == set(leaves[0]) for found in leaves)
         for path in leaves[0] if joinable else ():
@@ -53,29 +55,51 @@ class RowBank:
         """Number of rows in all calls."""
         return sum(self.sizes)
 
-    def minibatches(self, size: int, generator: torch.Generator) -> Callable[[], list[int]]:
+    def minibatches(
+        self, size: int, generator: torch.Generator, *, without: frozenset[int] = frozenset()
+    ) -> Callable[[], list[int]]:
         """Return a function that draws the next minibatch of row numbers.
 
         Rows are shuffled, handed out in turn and shuffled again when too few remain. Where rows
-        cannot be joined, a minibatch is one whole call.
+        cannot be joined, a minibatch is one whole call. Rows in `without` are never drawn.
         """
         queue: list[list[int]] = []
 
         def draw() -> list[int]:
             if not queue:
-                queue.extend(self._deal(size, generator))
+                queue.extend(self._deal(size, generator, without))
             return queue.pop()
 
         return draw
 
-    def _deal(self, size: int, generator: torch.Generator) -> list[list[int]]:
+    def _deal(
+        self, size: int, generator: torch.Generator, without: frozenset[int]
+    ) -> list[list[int]]:
         if not self.joinable:
             starts = self._starts()
             order = torch.randperm(len(self.calls), generator=generator).tolist()
-            return [list(range(starts[i], starts[i] + self.sizes[i])) for i in order]
+            calls = [list(range(starts[i], starts[i] + self.sizes[i])) for i in order]
+            return [rows for rows in calls if without.isdisjoint(rows)]
         order = torch.randperm(self.rows, generator=generator).tolist()
-        size = min(size, self.rows)
+        order = [row for row in order if row not in without]
+        size = min(size, len(order))
         return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+
+    def held_out(self, rows: int, size: int) -> list[list[int]]:
+        """Return at least the last `rows` row numbers in lists that `take` accepts.
+
+        Raises:
+            TunerError: nothing would be left.
+        """
+        first = self.rows - rows
+        if self.joinable:
+            out = [list(range(i, min(i + size, self.rows))) for i in range(first, self.rows, size)]
+        else:
+            starts = zip(self._starts(), self.sizes, strict=True)
+            out = [list(range(s, s + n)) for s, n in starts if s + n > first]
+        if sum(len(chunk) for chunk in out) >= self.rows:
+            raise TunerError(none_left(rows, self.rows))
+        return out
 
     def chunks(self, rows: int, size: int) -> list[list[int]]:
         """Return at least the first `rows` row numbers in lists that `take` accepts."""
@@ -92,7 +116,7 @@ class RowBank:
         if not self.joinable or self._whole(where):
             return _rebuild((first.args, first.kwargs), (), lambda _, leaf: leaf)
         leaves = {
-            c: dict(_leaves((self.calls[c].args, self.calls[c].kwargs)))
+            c: dict(leaves_of((self.calls[c].args, self.calls[c].kwargs)))
             for c in {c for c, _ in where}
         }
 
@@ -122,6 +146,14 @@ class RowBank:
         raise IndexError(row)
 
 
+def none_left(held: int, rows: int) -> str:
+    """Return the message for more rows held out than there are."""
+    return (
+        f"validation_rows {held} leaves none of the {rows} calibration rows to tune on; hold out "
+        "fewer, or give more rows (nsamples)"
+    )
+
+
 def rows_of(outputs: Sequence[Tensor]) -> list[Tensor]:
     """Return single rows (views) of the outputs of several calls."""
     return [out[i] for out in outputs for i in range(out.shape[0])]
@@ -131,13 +163,14 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
-def _leaves(tree: object, path: Path = ()) -> list[tuple[Path, Tensor]]:
+def leaves_of(tree: object, path: Path = ()) -> list[tuple[Path, Tensor]]:
+    """Return the tensors in nested containers, each with the way to it."""
     if isinstance(tree, Tensor):
         return [(path, tree)]
     if isinstance(tree, (tuple, list)):
-        return [leaf for i, item in enumerate(tree) for leaf in _leaves(item, (*path, i))]
+        return [leaf for i, item in enumerate(tree) for leaf in leaves_of(item, (*path, i))]
     if isinstance(tree, (Mapping, UserDict)):
-        return [leaf for key, item in tree.items() for leaf in _leaves(item, (*path, key))]
+        return [leaf for key, item in tree.items() for leaf in leaves_of(item, (*path, key))]
     return []
 
 

@@ -7,15 +7,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ar_schemes import unknown_name
+from ar_tuner.algorithms.base import TuneSettings
+from ar_tuner.checks import NOT_DONE, check_tuning, check_whole, refuse_undone
 from ar_tuner.errors import TunerError
-from ar_tuner.recipes import RECIPES, Recipe
+from ar_tuner.recipes import RECIPES, SPELLINGS, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
 _SCALE_TYPES = ("float16", "bfloat16", "float32")
+_SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIGNROUND = (
+    *("lr", "minmax_lr", "enable_minmax_tuning", "scale_init", "not_use_best_mse"),
+    *("validation_rows", "dynamic_max_gap", "optimizer", "enable_adam", "momentum"),
+    *("lr_scheduler", "gradient_accumulate_steps", "nblocks"),
+)
+"""Settings that only SignRound has."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +34,37 @@ class Settings:
     None means: as the recipe says.
 
     Attributes:
-        recipe: `best`, `default`, `light` or `rtn`.
+        recipe: `best`, `default`, `light`, `fast`, `rtn` or `opt_rtn`.
+        algorithm: what quantizes a block; None: `signround` where one of its own settings is
+            given (`lr`, `momentum`, `nblocks`, ...), else what the recipe says.
+        distill: refine the whole model afterwards against the float model's predictions; None:
+            as the recipe says, but not after an algorithm that was asked for.
         iters, nsamples, seqlen, batch_size, lr, minmax_lr: override the recipe's.
         bits, group_size, sym: override the scheme's.
         scale_dtype: type that scales of integers are stored in; None: float16.
-        layer_config: layer name or pattern to a scheme name or a flat dict.
+        layer_config: layer name, part of one or regular expression, to a scheme name, a flat
+            dict, or a number of bits.
         ignore_layers: names or parts of names that stay in 16 bit (text: comma separated).
-        quant_lm_head: quantize the output head.
+        quant_lm_head: quantize the output head, tuned on the model's probabilities.
         to_quant_block_names: paths of the block lists, instead of finding them.
         enable_quanted_input: tune blocks on the output of the quantized blocks before.
         enable_minmax_tuning: tune the clip factors.
         scale_init: `search` (searched scales) or `minmax` (SignRound as published).
         not_use_best_mse: return the last iterate, not that of the least minibatch loss.
+        validation_rows: with `not_use_best_mse=False`, choose the iterate by its error on so many
+            rows that are not tuned on, instead of by minibatch losses.
+        dynamic_max_gap: with `not_use_best_mse=False`, stop a block after so many steps without a
+            better iterate; 0 or less: never.
+        enable_alg_ext: SignRoundV2: searched scales, outliers left out of the loss, frozen scales
+            of GGUF K types.
+        optimizer: `sign` or `adam`; `enable_adam` is another word for the latter.
+        momentum: share of the earlier gradients in a signed step.
+        lr_scheduler: how steps shrink: `linear`, `cosine` or `constant`.
+        gradient_accumulate_steps: minibatches per step.
+        nblocks: consecutive blocks that are tuned as one.
+        disable_opt_rtn: without steps, round with plain scales (True) or with searched ones
+            (False: even 8-bit integers); None: searched but for 8-bit integers.
+        enable_deterministic_algorithms: let PyTorch use deterministic algorithms only.
         device_map: `cpu`, `cuda`, `cuda:1`, ...
         model_dtype: `auto` (as stored), `bfloat16`, `float16` or `float32`.
         run_dir: where the run keeps its state; default beside the output.
@@ -46,6 +74,8 @@ class Settings:
     """
 
     recipe: str = "default"
+    algorithm: str | None = None
+    distill: bool | None = None
     iters: int | None = None
     nsamples: int | None = None
     seqlen: int | None = None
@@ -65,6 +95,17 @@ class Settings:
     enable_minmax_tuning: bool = True
     scale_init: str = "search"
     not_use_best_mse: bool = True
+    validation_rows: int = 0
+    dynamic_max_gap: int = -1
+    enable_alg_ext: bool = False
+    optimizer: str = "sign"
+    enable_adam: bool = False
+    momentum: float = 0.0
+    lr_scheduler: str = "linear"
+    gradient_accumulate_steps: int = 1
+    nblocks: int = 1
+    disable_opt_rtn: bool | None = None
+    enable_deterministic_algorithms: bool = False
     device_map: str = "cpu"
     model_dtype: str = "auto"
     trust_remote_code: bool = False
@@ -75,23 +116,25 @@ class Settings:
     max_shard_size: str | int = "5GB"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "recipe", SPELLINGS.get(str(self.recipe), str(self.recipe)))
+        if self.scale_dtype is not None:
+            kind = str(self.scale_dtype).removeprefix("torch.")
+            object.__setattr__(self, "scale_dtype", _SHORT.get(kind, kind))
         if self.recipe not in RECIPES:
             raise TunerError(unknown_name("recipe", self.recipe, RECIPES))
-        if self.scale_init not in ("search", "minmax"):
-            raise TunerError(unknown_name("scale_init", self.scale_init, ("search", "minmax")))
         if self.scale_dtype not in (None, *_SCALE_TYPES):
             raise TunerError(unknown_name("scale_dtype", str(self.scale_dtype), _SCALE_TYPES))
         limits = {"iters": 0, "nsamples": 1, "seqlen": 2, "batch_size": 1}
         for name, least in limits.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                msg = f"{name} {value!r} is not allowed: use a whole number of at least {least}"
-                raise TunerError(msg)
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), least)
         for name in ("lr", "minmax_lr"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= 1):
                 msg = f"{name} {value!r} is not allowed: use a number above 0 and at most 1"
                 raise TunerError(msg)
+        check_tuning(self)
         _ = self.shard_bytes
 
     @property
@@ -100,10 +143,44 @@ class Settings:
         recipe = RECIPES[self.recipe]
         given = {
             name: getattr(self, name)
-            for name in ("iters", "nsamples", "seqlen", "batch_size", "lr", "minmax_lr")
+            for name in (
+                *("iters", "nsamples", "seqlen", "batch_size", "lr", "minmax_lr"),
+                "disable_opt_rtn",
+            )
             if getattr(self, name) is not None
         }
-        return dataclasses.replace(recipe, **given)
+        asked = self.algorithm
+        if asked is None and recipe.iters and any(_given(self, n) for n in _SIGNROUND):
+            asked = "signround"
+        if asked is not None:
+            given |= {"tuned_by": asked, "stage": None}
+        if self.distill is not None:
+            given["stage"] = "distill" if self.distill else None
+        recipe = dataclasses.replace(recipe, **given)
+        return recipe if recipe.iters else dataclasses.replace(recipe, stage=None)
+
+    def tuning(self) -> TuneSettings:
+        """Return the numbers of the tuning loop."""
+        recipe = self.chosen
+        return TuneSettings(
+            iters=recipe.iters,
+            batch_size=recipe.batch_size,
+            accumulate=self.gradient_accumulate_steps,
+            lr=recipe.lr,
+            minmax_lr=recipe.minmax_lr,
+            lr_scheduler=self.lr_scheduler,
+            optimizer="adam" if self.enable_adam else self.optimizer,
+            momentum=self.momentum,
+            seed=self.seed,
+            scale_init=self.scale_init,
+            loss="suppressed" if self.enable_alg_ext else "mse",
+            frozen_super_scales=self.enable_alg_ext,
+            keep="last" if self.not_use_best_mse else "best",
+            validation_rows=self.validation_rows,
+            patience=max(0, self.dynamic_max_gap),
+            minmax_tuning=self.enable_minmax_tuning,
+            search_wide=recipe.disable_opt_rtn is False,
+        )
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -125,6 +202,8 @@ class Settings:
         recipe = self.chosen
         return {
             "recipe": recipe.name,
+            "algorithm": recipe.algorithm,
+            "stage": recipe.stage,
             "iters": recipe.iters,
             "nsamples": recipe.nsamples,
             "seqlen": recipe.seqlen,
@@ -156,17 +235,24 @@ def bytes_of(name: str, value: str | int) -> int:
     return size
 
 
+def _given(settings: Settings, name: str) -> bool:
+    """Tell whether a setting differs from its default."""
+    default = next(f.default for f in dataclasses.fields(Settings) if f.name == name)
+    return bool(getattr(settings, name) != default)
+
+
 def make_settings(given: Mapping[str, Any]) -> Settings:
-    """Return settings from keyword arguments.
+    """Return settings from keyword arguments; None means the default.
 
     Raises:
         TunerError: an unknown keyword (with the nearest names), or a value out of range.
     """
     known = [f.name for f in dataclasses.fields(Settings)]
     for name in given:
-        if name not in known:
+        if name not in known and name not in NOT_DONE:
             raise TunerError(unknown_name("argument", name, known))
-    return Settings(**given)
+    refuse_undone(given)
+    return Settings(**{k: v for k, v in given.items() if k in known and v is not None})
 
 
 def _listed(value: tuple[str, ...] | str) -> tuple[str, ...]:

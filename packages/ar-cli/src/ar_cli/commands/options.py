@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ar_cli.commands.tuning import OPPOSITES, tuning_settings
 from ar_schemes import ArError, scheme
 
 if TYPE_CHECKING:
@@ -25,10 +26,18 @@ _PLAN_OPTIONS = (
     click.option(
         "--layer-config",
         metavar="JSON",
-        help='Layer or pattern to scheme: \'{"lm_head": "W8A16"}\', or a file of it.',
+        help='Layer or pattern to scheme or bits: \'{"lm_head": "W8A16"}\', or a file of it.',
     ),
     click.option("--ignore-layers", metavar="NAMES", help="Keep these in 16 bit; comma separated."),
     click.option("--quant-lm-head", is_flag=True, help="Quantize the output head too."),
+    click.option(
+        "--dataset",
+        metavar="SETS",
+        help="Calibration data: files (.txt .json .jsonl .parquet), directories or names, "
+        "separated by ','. Options follow a name after ':': split=A+B, num=ROWS, concat, "
+        "apply_chat_template, system_prompt=TEXT, key=FIELD, subset=NAME. Default: an embedded "
+        "text. See docs/calibration.md.",
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     click.option("--allow-download", is_flag=True, help="Fetch models and data from the hub."),
 )
@@ -43,7 +52,9 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def settings_from(given: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of `AutoRound` for options as typed; unset ones are left out."""
-    out = {k: v for k, v in given.items() if v is not None and v is not False}
+    known = {k: v for k, v in given.items() if k not in OPPOSITES}
+    out = {k: v for k, v in known.items() if v is not None and v is not False}
+    out |= tuning_settings(given)
     if given.get("sym") is False:
         out["sym"] = False
     if "layer_config" in out:

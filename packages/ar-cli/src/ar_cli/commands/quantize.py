@@ -10,6 +10,7 @@ import click
 
 from ar_cli.commands.auto import auto_options, auto_scheme, describe_choice
 from ar_cli.commands.options import check_scheme, plan_options, settings_from
+from ar_cli.commands.tuning import tuning_options
 from ar_cli.output import duration, json_option, print_json, print_table, size
 from ar_cli.progress import Progress
 from ar_cli.quiet import hush
@@ -38,17 +39,9 @@ if TYPE_CHECKING:
 )
 @plan_options
 @auto_options
-@click.option("--recipe", default="default", show_default=True, help="best, default, light or rtn.")
-@click.option("--iters", type=int, help="Tuning steps per block; 0 rounds to nearest.")
+@tuning_options
 @click.option("--nsamples", type=int, help="Calibration rows.")
 @click.option("--seqlen", type=int, help="Tokens per row.")
-@click.option("--batch-size", type=int, help="Rows per step.")
-@click.option("--lr", type=float, help="First step of the rounding offsets.")
-@click.option("--minmax-lr", type=float, help="First step of the scale factors.")
-@click.option("--seed", type=int, help="Of the order of the calibration data.")
-@click.option(
-    "--dataset", help="File (.txt .json .jsonl .parquet) or name; default: embedded text."
-)
 @click.option("--device", "device_map", help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", "model_dtype", help="Type to compute in; default: as stored.")
 @click.option("--max-shard-size", help="5GB, 500MB, ...")
@@ -168,6 +161,8 @@ def _summary(facts: dict[str, Any]) -> None:
         ],
     )
     for finding in facts["findings"]:
+        if finding["level"] == "note":  # about engines that may not be meant; `ar verify` tells
+            continue
         click.echo(f"{finding['level']}: {finding['where']}: {finding['what']}", err=True)
     next_commands(facts)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ar_export.errors import ExportError
 from ar_export.formats.auto_gptq import integer_layers
-from ar_export.formats.packed import require_quantized, skipped, suffixes_of
+from ar_export.formats.packed import expert_lists, require_quantized, skipped, suffixes_of
 from ar_kernels import layout
 
 if TYPE_CHECKING:
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from ar_export.formats.base import LayerEntry, Request
     from ar_kernels import QuantizedWeight
     from ar_kernels.layouts.base import TensorFact
-    from ar_schemes import Scheme
+    from ar_schemes import LayerPlan, Scheme
+
+
+def _skipped(plan: LayerPlan) -> list[str]:
+    """Return the layers that stay in 16 bit; vLLM asks for a list of experts by its own name."""
+    names = skipped(plan)
+    return [*names, *expert_lists(plan, dict.fromkeys(names, True))]
 
 
 class AutoAwqFormat:
@@ -59,7 +65,7 @@ class AutoAwqFormat:
             "zero_point": not spec.symmetric,
             "version": "gemm",
             "lm_head": any(r.layer.role == "lm_head" for r in request.plan.quantized),
-            "modules_to_not_convert": skipped(request.plan),
+            "modules_to_not_convert": _skipped(request.plan),
             "provider": "ar-export",
         }
 

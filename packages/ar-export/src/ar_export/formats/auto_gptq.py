@@ -14,6 +14,7 @@ from ar_export.formats.packed import (
     config_errors,
     default_scheme,
     entry,
+    expert_lists,
     require_quantized,
     suffixes_of,
 )
@@ -44,7 +45,7 @@ class AutoGptqFormat:
     """Format `auto_gptq`."""
 
     name = "auto_gptq"
-    spellings = ("auto_gptq", "auto_gptq:gptq_v2")
+    spellings = ("auto_gptq", "gptqmodel", "auto_gptq:gptq_v2")
     summary = "int 2, 3, 4, 8 bits, GPTQ; GPTQModel, Transformers, vLLM and SGLang (sym 4, 8)"
     dtype = "float16"
     config_names = ("quantize_config.json",)
@@ -152,6 +153,8 @@ def _dynamic(plan: LayerPlan, flat: Mapping[str, Any]) -> dict[str, dict[str, An
     for name, change in changes.items():
         pattern = f".*{_pattern(name, changes, plan.rows)}$"
         out[f"-:{pattern}" if change is None else f"+:{pattern}"] = change or {}
+    for name, change in expert_lists(plan, {k: v or {} for k, v in changes.items()}).items():
+        out[f"{'+' if change else '-'}:.*{re.escape(name)}$"] = change
     return out
 
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ar_export.errors import ExportError
 from ar_export.formats.auto_gptq import integer_layers
-from ar_export.formats.packed import default_scheme, require_quantized, skipped, suffixes_of
+from ar_export.formats.packed import (
+    default_scheme,
+    expert_lists,
+    require_quantized,
+    skipped,
+    suffixes_of,
+)
 from ar_export.formats.scales import with_scales_of
 from ar_kernels import layout
 from ar_kernels.hf.config import packed_layout
@@ -203,4 +209,4 @@ def _extra(plan: LayerPlan, flat: Mapping[str, Any]) -> dict[str, Any]:
             out[row.layer.name] = mine
         elif differing:
             out[row.layer.name] = differing
-    return out
+    return out | expert_lists(plan, out)

@@ -173,6 +173,14 @@ class NamesConfigs(Protocol):
 
 
 @runtime_checkable
+class AddsToConfig(Protocol):
+    """A format whose readers look for the quantization under another key of config.json."""
+
+    def beside(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return further keys of config.json for a `quantization_config`."""
+
+
+@runtime_checkable
 class Container(Protocol):
     """A format with files of its own instead of safetensors."""
 

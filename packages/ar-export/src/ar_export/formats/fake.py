@@ -22,6 +22,7 @@ class FakeFormat:
     name = "fake"
     spellings = ("fake",)
     summary = "dequantized floats (weights only), for anything that opens the float model"
+    embeddings = "dequantized like every other weight"
 
     def refuses(
         self,

@@ -12,6 +12,7 @@ from ar_export.formats.packed import config_errors, entry, require_quantized, sk
 from ar_export.formats.scales import with_scales_of
 from ar_kernels import layout
 from ar_kernels.hf.compressed import (
+    E5M3,
     LAYOUTS,
     activation_args,
     format_of,
@@ -48,6 +49,10 @@ class LlmCompressorFormat:
         form = format_of(scheme.weight, scheme.activation)
         if form is None:
             return f"compressed-tensors has no format for {scheme.weight}"
+        if form == E5M3:
+            return (
+                "compressed-tensors knows no E5M3 scales and rejects the config; write auto_round"
+            )
         act = scheme.activation
         if act is not None and act.data_type == "mx_fp_rceil":
             return "compressed-tensors cannot say that activation scales are rounded up (rceil)"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 from ar_export.errors import ExportError
 from ar_export.formats.base import LayerEntry
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 import contextlib
 
 _WORD = 32
+_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
 
 def require_quantized(request: Request) -> None:
@@ -50,6 +52,28 @@ def default_scheme(plan: LayerPlan) -> Scheme:
 def skipped(plan: LayerPlan) -> list[str]:
     """Return the linear layers that stay in 16 bit, by name."""
     return [r.layer.name for r in plan.rows if not r.quantized and r.layer.role != "embedding"]
+
+
+def expert_lists(plan: LayerPlan, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what all experts of a list have in common, under the list's name.
+
+    Engines fuse the list and ask for that name; other readers take it for a part of the experts'
+    names, every one of which it means.
+
+    Args:
+        plan: all layers.
+        changes: what a config says of layers, by name; layers it does not speak of are left out.
+    """
+    lists: dict[str, list[Any]] = {}
+    for row in plan.rows:
+        hit = _EXPERT.match(row.layer.name)
+        if hit:
+            lists.setdefault(hit[1], []).append(changes.get(row.layer.name))
+    return {
+        name: members[0]
+        for name, members in lists.items()
+        if members[0] is not None and all(m == members[0] for m in members)
+    }
 
 
 @contextlib.contextmanager
@@ -102,6 +126,11 @@ def shape_of(
     if order == "awq":
         columns, words = _matrix(f"{name}.qweight", tensors)
         return words * _WORD // bits, columns
+    if order == "mlx":
+        rows, words = _matrix(f"{name}.weight", tensors)
+        if words * _WORD % bits:
+            raise ExportError(_uneven(name, f"{name}.weight", words, bits))
+        return rows, words * _WORD // bits
     if f"{name}.weight" in tensors:
         return _matrix(f"{name}.weight", tensors)
     rows, packed = _matrix(f"{name}.weight_packed", tensors)

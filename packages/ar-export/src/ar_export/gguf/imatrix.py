@@ -9,7 +9,6 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from ar_export.errors import ExportError
@@ -89,7 +88,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     import gguf
 
     reader = gguf.GGUFReader(path)
-    found = {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}
+    found = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
     entries = {}
     for key, sums in found.items():
         if key.endswith(_SUMS):

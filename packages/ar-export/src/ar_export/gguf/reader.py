@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ar_export.errors import ExportError
@@ -76,7 +75,7 @@ class GgufCheckpoint:
         if kind not in _FLOATS:
             msg = f"{self.path}: {name} is quantized ({kind})"
             raise ExportError(msg)
-        raw = torch.from_numpy(np.array(found.data))
+        raw = torch.from_numpy(found.data.copy())
         tensor = raw.view(torch.bfloat16) if kind == "BF16" else raw
         tensor = tensor.reshape(_shape(found))
         if tensor.ndim == _STACKED:
@@ -101,7 +100,7 @@ class GgufCheckpoint:
             raise ExportError(msg)
         entry, found = self.quantized[layer], self.stored[f"{layer}.weight"]
         assert entry.scheme.weight is not None
-        blocks = torch.from_numpy(np.array(found.data)).reshape(entry.rows, -1)
+        blocks = torch.from_numpy(found.data.copy()).reshape(entry.rows, -1)
         try:
             made = layout(entry.layout).unpack(
                 {"blocks": blocks}, entry.scheme.weight, entry.rows, entry.columns

@@ -138,6 +138,8 @@ class FormatConformance:
         if not self.is_container:
             report = verify(path, expected=weights)
             assert report.ok, report.findings
+            # of what engines check nothing is amiss; that they lack a kernel is no fault of a file
+            assert {f.level for f in report.findings} <= {"note"}, report.findings
 
     def test_it_is_a_format_with_a_summary_on_one_line(self) -> None:
         assert isinstance(self.subject, Format)

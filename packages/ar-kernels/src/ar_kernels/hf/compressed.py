@@ -28,8 +28,9 @@ LAYOUTS = {
 }
 """Name of a compression format to the layout of its tensors."""
 _SCALES = {"mx_fp": "e8m0", "nv_fp": "float8_e4m3fn", "nvfp4_v2": "ue5m3", "fp": "float32"}
-_E5M3 = "nvfp4-e5m3-pack-quantized"
-_FP8 = 8
+E5M3 = "nvfp4-e5m3-pack-quantized"
+"""auto-round writes it; compressed-tensors itself does not know it."""
+_BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _args(spec: TensorSpec) -> dict[str, Any]:
 
 def _spec(args: Mapping[str, Any], form: str) -> TensorSpec:
     """Return the spec that arguments stand for; integer scales count as float16 until seen."""
-    bits, kind = args.get("num_bits", _FP8), str(args.get("type", "int"))
+    bits, kind = args.get("num_bits", _BYTE), str(args.get("type", "int"))
     data_type = "int" if kind == "int" else _float_type(bits, args, form)
     try:
         return TensorSpec(
@@ -134,14 +135,14 @@ def _spec(args: Mapping[str, Any], form: str) -> TensorSpec:
 
 
 def _float_type(bits: Any, args: Mapping[str, Any], form: str) -> str:
-    if form == _E5M3:
+    if form == E5M3:
         return "nvfp4_v2"
     if args.get("strategy") == "tensor_group":
         return "nv_fp"
     scale = str(args.get("scale_dtype") or "").removeprefix("torch.")
     if form.startswith("mxfp") or scale in ("uint8", "float8_e8m0fnu"):
         return "mx_fp"
-    if bits == _FP8:
+    if bits == _BYTE:
         return "fp"
     msg = f"float weights of {bits} bits in format {form!r} are not known here"
     raise KernelError(msg)
@@ -184,11 +185,13 @@ def format_of(weight: TensorSpec, activation: TensorSpec | None) -> str | None:
     """Return the compression format that carries a weight, or None."""
     if weight.super_group is not None:
         return None
+    # one byte per code only where a kernel multiplies bytes; vLLM reads narrower ones packed
+    bytewise = activation is not None and weight.bits == _BYTE
     return {
-        ("int", weight.bits): "pack-quantized" if activation is None else "int-quantized",
+        ("int", weight.bits): "int-quantized" if bytewise else "pack-quantized",
         ("fp", 8): "naive-quantized" if activation is None else "float-quantized",
         ("nv_fp", 4): "nvfp4-pack-quantized",
-        ("nvfp4_v2", 4): _E5M3,
+        ("nvfp4_v2", 4): E5M3,
         ("mx_fp", 4): "mxfp4-pack-quantized",
         ("mx_fp", 8): "mxfp8-quantized",
     }.get((weight.data_type, weight.bits))

@@ -9,10 +9,20 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ar_kernels.numerics.base import Params
+
 
 def divisor(scale: Tensor) -> Tensor:
     """Return the scale to divide by: infinite where it is zero, so that codes become zero."""
     return torch.where(scale == 0, torch.inf, scale)
+
+
+def affine_nearest(values: Tensor, params: Params, low: int, high: int) -> Tensor:
+    """Return `scale * clamp(round((value - minimum) / scale)) + minimum`, one scale per element."""
+    minimum = params.extra.get("minimum")
+    steps = values if minimum is None else values - minimum
+    codes = (steps / divisor(params.scale)).round_().clamp_(low, high).mul_(params.scale)
+    return codes if minimum is None else codes.add_(minimum)
 
 
 class AffineFakeQuant(torch.autograd.Function):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ar_kernels.numerics.affine import AffineFakeQuant, divisor
+from ar_kernels.numerics.affine import AffineFakeQuant, affine_nearest, divisor
 from ar_kernels.numerics.base import Params
 from ar_kernels.numerics.checks import require_finite
 from ar_kernels.numerics.grouping import expand, grouped, ungrouped
@@ -102,6 +102,14 @@ class FloatMinimum:
             2**spec.bits - 1,
         )
         return ungrouped(fake, tuple(weight.shape), spec.granularity)
+
+    def nearest(self, values: Tensor, spec: TensorSpec, params: Params) -> Tensor:
+        """Return the representable values nearest to `values`; see `Columnwise`."""
+        return affine_nearest(values, params, 0, 2**spec.bits - 1)
+
+    def params_of(self, weight: QuantizedWeight) -> Params:
+        """Return the parameters a weight was quantized with; see `Columnwise`."""
+        return Params(weight.scale.float(), extra={"minimum": weight.extra["minimum"].float()})
 
     def search(
         self,

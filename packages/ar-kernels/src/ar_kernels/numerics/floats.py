@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ar_kernels.numerics.base import Params
 from ar_kernels.numerics.checks import require_finite
 from ar_kernels.numerics.grouping import grouped, ungrouped
 from ar_kernels.weight import QuantizedWeight
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ar_kernels.numerics.base import Params
     from ar_kernels.numerics.elements import Element
     from ar_schemes import TensorSpec
 
@@ -109,6 +109,14 @@ class FloatType(ABC):
             self.element(spec),
         )
         return ungrouped(fake, tuple(weight.shape), spec.granularity)
+
+    def nearest(self, values: Tensor, spec: TensorSpec, params: Params) -> Tensor:
+        """Return the representable values nearest to `values`; see `Columnwise`."""
+        return self.element(spec).round(values / params.scale).mul_(params.scale)
+
+    def params_of(self, weight: QuantizedWeight) -> Params:
+        """Return the parameters a weight was quantized with; see `Columnwise`."""
+        return Params(self.step(weight))
 
 
 def peak(

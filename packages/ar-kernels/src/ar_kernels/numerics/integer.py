@@ -121,6 +121,21 @@ class Integer:
         )
         return ungrouped(fake, tuple(weight.shape), spec.granularity)
 
+    def nearest(self, values: Tensor, spec: TensorSpec, params: Params) -> Tensor:
+        """Return the representable values nearest to `values`; see `Columnwise`."""
+        codes = (values / params.scale).round_()
+        if params.zero_point is None:
+            peak = 2 ** (spec.bits - 1)
+            codes.clamp_(-peak, peak - 1)
+        else:
+            codes.add_(params.zero_point).clamp_(0, 2**spec.bits - 1).sub_(params.zero_point)
+        return codes.mul_(params.scale)
+
+    def params_of(self, weight: QuantizedWeight) -> Params:
+        """Return the parameters a weight was quantized with; see `Columnwise`."""
+        zero = weight.zero_point
+        return Params(weight.scale.float(), None if zero is None else zero.float())
+
     def shared(self, weights: Sequence[Tensor], spec: TensorSpec) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the parameters that members of a fused group have in common: none."""
         return {}

@@ -7,6 +7,7 @@ judged with the scale rounded to the stored precision.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,21 +63,56 @@ def search_symmetric(groups: Tensor, spec: TensorSpec, weights: Tensor | None) -
 def search_asymmetric(
     groups: Tensor, spec: TensorSpec, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return (scale, zero point) [..., R, G] of least weighted squared error."""
+    """Return (scale, zero point) [..., R, G] of least weighted squared error.
+
+    The best corner of a grid of clip factors, then rounds of least squares: for the codes as they
+    are, the scale that fits them with the zero point, the one below and the one above.
+    """
     top = 2**spec.bits - 1
     smallest, largest = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-    best_scale = stored(floored((largest - smallest) / top), spec)
-    best_zero = (-smallest / best_scale).round().clamp(0, top)
-    best_error = _error_asymmetric(groups, best_scale, best_zero, weights, top)
+    scale = stored(floored((largest - smallest) / top), spec)
+    zero = (-smallest / scale).round().clamp(0, top)
+    best = _Affine(scale, zero, _error_asymmetric(groups, scale, zero, weights, top))
     for low, high in _corner_factors(spec.bits):
         scale = stored(floored((largest * high - smallest * low) / top), spec)
         zero = (-smallest * low / scale).round().clamp(0, top)
-        error = _error_asymmetric(groups, scale, zero, weights, top)
-        better = error < best_error
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-        best_error = torch.where(better, error, best_error)
-    return best_scale, best_zero
+        best = best.or_better(scale, zero, _error_asymmetric(groups, scale, zero, weights, top))
+    for _ in range(_REFITS):
+        start = best
+        for shift in (0.0, -1.0, 1.0):
+            zero = (start.zero + shift).clamp(0, top)
+            scale = stored(floored(_fitted(groups, start.scale, zero, weights, top)), spec)
+            best = best.or_better(scale, zero, _error_asymmetric(groups, scale, zero, weights, top))
+    return best.scale, best.zero
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """The best scale and zero point of each group so far, with their error."""
+
+    scale: Tensor
+    zero: Tensor
+    error: Tensor
+
+    def or_better(self, scale: Tensor, zero: Tensor, error: Tensor) -> _Affine:
+        better = error < self.error
+        return _Affine(
+            torch.where(better, scale, self.scale),
+            torch.where(better, zero, self.zero),
+            torch.where(better, error, self.error),
+        )
+
+
+def _fitted(
+    groups: Tensor, scale: Tensor, zero: Tensor, weights: Tensor | None, top: int
+) -> Tensor:
+    """Return the scale of least squares for the codes that a scale and a zero point give."""
+    offset = zero.unsqueeze(-1)
+    steps = (groups / scale.unsqueeze(-1)).round_().add_(offset).clamp_(0, top).sub_(offset)
+    weighted = steps if weights is None else steps * weights
+    energy = (weighted * steps).sum(-1)
+    fitted = (weighted * groups).sum(-1) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    return torch.where((energy > 0) & (fitted > 0), fitted, scale)
 
 
 def _corner_factors(bits: int) -> Iterator[tuple[float, float]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ar_kernels.numerics.affine import AffineFakeQuant, divisor
+from ar_kernels.numerics.affine import AffineFakeQuant, affine_nearest, divisor
 from ar_kernels.numerics.base import Params
 from ar_kernels.numerics.checks import require_finite
 from ar_kernels.numerics.grouping import expand, grouped, ungrouped
@@ -138,6 +138,22 @@ class KQuant:
             peak - 1 if self.symmetric else 2 * peak - 1,
         )
         return ungrouped(fake, tuple(weight.shape), spec.granularity)
+
+    def nearest(self, values: Tensor, spec: TensorSpec, params: Params) -> Tensor:
+        """Return the representable values nearest to `values`; see `Columnwise`."""
+        peak = 2 ** (spec.bits - 1)
+        bounds = (-peak, peak - 1) if self.symmetric else (0, 2 * peak - 1)
+        return affine_nearest(values, params, *bounds)
+
+    def params_of(self, weight: QuantizedWeight) -> Params:
+        """Return the parameters a weight was quantized with; see `Columnwise`."""
+        spec, whole = weight.spec, weight.extra["super_scale"].float()
+        extra = {"inner": weight.scale.float(), "super_scale": whole}
+        if not self.symmetric:
+            below, inner = weight.extra["super_minimum"].float(), weight.extra["minimum"].float()
+            minimum = -(_spread(below, spec) * inner)
+            extra |= {"inner_minimum": inner, "super_minimum": below, "minimum": minimum}
+        return Params(_spread(whole, spec) * extra["inner"], extra=extra)
 
     def search(
         self,

@@ -37,13 +37,14 @@ class _PowerOfTwo(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: float, mode: str) -> Tensor:
-        mantissa, exponent = torch.frexp(x / 2**shift if mode == "floor" else x / shift)
+        # divided by a power of two, the smallest numbers would vanish: subtracted instead
+        mantissa, exponent = torch.frexp(x if mode == "floor" else x / shift)
         if mode == "ceil":
             exponent = exponent - (mantissa == 0.5).int()  # noqa: PLR2004 - an exact power of two
         elif mode == "nearest":
             exponent = exponent - (mantissa < 2**-0.5).int()
         else:
-            exponent = exponent - 1
+            exponent = exponent - 1 - int(shift)
         one = torch.ones_like(x)
         power = torch.ldexp(one, exponent.clamp(_LOWEST, _HIGHEST))
         out = torch.where(x > 0, power, one)  # any scale will do for a block of zeros

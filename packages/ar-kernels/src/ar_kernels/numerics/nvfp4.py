@@ -18,18 +18,20 @@ from ar_kernels.numerics.floats import FloatType, given, peak, searched
 from ar_kernels.numerics.rounding import round_to
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from ar_kernels.numerics.elements import Element
+    from ar_kernels.numerics.elements import Element, FloatElement
     from ar_kernels.weight import QuantizedWeight
     from ar_schemes import TensorSpec
 
 RANGE = E4M3.maximum * E2M1.maximum
 _SMALLEST = {"e4m3": 2.0**-9, "ue5m3": 2.0**-17}
 """Least positive block scale: keeps a block of zeros finite."""
-_FACTORS = (1.0, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.25)
+_REACH = (0, *(sign * k for k in range(1, 7) for sign in (-1, 1)))
+"""Block scales to try, counted in values of their type from that of the largest element: 0.6 to
+1.7 times it, so that the largest element may become 4 as well as 6 (arXiv 2512.02010)."""
 
 
 def global_scale(largest: Tensor) -> Tensor:
@@ -86,11 +88,10 @@ class NvFp4(FloatType):
         importance: Tensor | None = None,
         shared: Mapping[str, Tensor] | None = None,
     ) -> Params:
-        """Return the best of block scales around that of the largest element."""
+        """Return the best of the block scales around that of the largest element."""
         plain = self.parameters(weight, spec, shared=shared)
-        whole, start = plain.extra["global_scale"], peak(weight, spec)
-        wanted = (_block(start * whole / E2M1.maximum * f) for f in _FACTORS)
-        best = searched(weight, spec, E2M1, importance, wanted, lambda b: b / whole)
+        whole, around = plain.extra["global_scale"], _around(plain.extra["block_scale"], E4M3)
+        best = searched(weight, spec, E2M1, importance, around, lambda b: b / whole)
         return _params(best, whole)
 
     def to_stored(self, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
@@ -102,6 +103,10 @@ class NvFp4(FloatType):
     def step(self, weight: QuantizedWeight) -> Tensor:
         """Return block scale / tensor scale, float32."""
         return weight.scale.float() / weight.extra["global_scale"]
+
+    def params_of(self, weight: QuantizedWeight) -> Params:
+        """Return the parameters a weight was quantized with; see `Columnwise`."""
+        return _params(weight.scale.float(), weight.extra["global_scale"])
 
 
 class NvFp4E5M3(FloatType):
@@ -141,10 +146,9 @@ class NvFp4E5M3(FloatType):
         importance: Tensor | None = None,
         shared: Mapping[str, Tensor] | None = None,  # noqa: ARG002
     ) -> Params:
-        """Return the best of block scales around that of the largest element."""
-        start = peak(weight, spec) / E2M1.maximum
-        wanted = (_unsigned(start * f) for f in _FACTORS)
-        return Params(searched(weight, spec, E2M1, importance, wanted, lambda s: s))
+        """Return the best of the block scales around that of the largest element."""
+        around = _around(self.parameters(weight, spec).scale, UE5M3)
+        return Params(searched(weight, spec, E2M1, importance, around, lambda s: s))
 
     def to_stored(self, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the bits of the block scales."""
@@ -165,6 +169,14 @@ def _block(wanted: Tensor) -> Tensor:
 
 def _unsigned(wanted: Tensor) -> Tensor:
     return round_to(wanted.clamp(_SMALLEST["ue5m3"], UE5M3.maximum), UE5M3)
+
+
+def _around(block: Tensor, element: FloatElement) -> Iterator[Tensor]:
+    """Yield positive values of an element some places above and below, the values first."""
+    codes = element.encode(block).int()
+    last = int(element.encode(torch.tensor(element.maximum)))
+    for step in _REACH:
+        yield element.decode((codes + step).clamp(1, last).to(torch.uint8))
 
 
 def _params(block: Tensor, whole: Tensor) -> Params:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ar_kernels.numerics.base import DataType
+from ar_kernels.numerics.columns import column_params, nearest, params_of
 from ar_kernels.testing.samples import float_weights
 from ar_kernels.weight import KernelError, equal
 
@@ -93,6 +94,23 @@ class DataTypeConformance:
             params = self.subject.parameters(weight, spec)
             once = self.subject.fake_quant(weight, spec, params)
             assert torch.equal(self.subject.fake_quant(once, spec, params), once), label
+
+    def test_the_nearest_value_of_single_columns_is_that_of_fake_quant_to_the_bit(self) -> None:
+        columns = torch.tensor([self.shape[1] - 1, 0, 7, 3])
+        for label, spec, weight in self.cases():
+            params = self.subject.parameters(weight, spec)
+            wanted = self.subject.fake_quant(weight, spec, params)[:, columns]
+            own = column_params(params, spec, tuple(weight.shape), columns)
+            found = nearest(weight.float()[:, columns], spec, own, kind=self.subject)
+            assert torch.equal(found, wanted), label
+
+    def test_the_parameters_of_a_quantized_weight_give_it_back(self) -> None:
+        for label, spec, weight in self.cases():
+            made = self.subject.quantize(weight, spec, self.subject.parameters(weight, spec))
+            params = params_of(made, kind=self.subject)
+            if params is not None:
+                again = self.subject.quantize(self.subject.dequantize(made), spec, params)
+                assert equal(again, made), label
 
     def test_scaling_by_one_changes_nothing(self) -> None:
         for label, spec, weight in self.cases():

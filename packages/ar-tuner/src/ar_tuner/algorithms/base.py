@@ -9,6 +9,7 @@ import torch
 from torch.func import functional_call
 
 from ar_tuner.activations import quantized_activations
+from ar_tuner.recipes import auto_lr
 from ar_tuner.walk import hidden
 
 if TYPE_CHECKING:
@@ -28,24 +29,51 @@ class TuneSettings:
 
     Attributes:
         iters: steps per block.
-        batch_size: rows per step.
-        lr: step of the rounding offsets at the start, in units of a quantization step; None
-            means 1 / iters.
-        minmax_lr: step of the clip factors; None means `lr`.
+        batch_size: rows per forward.
+        accumulate: forwards per step.
+        lr: step of the rounding offsets at the start, in units of a quantization step; None:
+            what fits `iters` and the bits of each layer (`recipes.auto_lr`).
+        minmax_lr: step of the clip factors; None: as the offsets.
+        lr_scheduler: how steps shrink: `linear`, `cosine` or `constant`.
+        optimizer: `sign` (the published method) or `adam`.
+        momentum: share of the earlier gradients in a signed step.
         seed: of the row order; every block derives its own stream from it.
         scale_init: `minmax` (SignRound as published) or `search` (a searched scale per group).
-        keep: which iterate is returned: `last`, or `best` (least minibatch loss, as published).
+        loss: `mse`, or `suppressed` (without outliers, where few bits make any).
+        frozen_super_scales: scales of two levels (GGUF K types) stay as searched.
+        keep: which iterate is returned: `last`, or `best`: of least minibatch loss as published,
+            or with `validation_rows` of least error on those.
+        validation_rows: rows that are not tuned on, for choosing the iterate.
+        patience: stop after so many steps without a better iterate; 0: never.
         minmax_tuning: tune the clip factors too.
+        search_wide: rounding to nearest with searched scales searches 8-bit integers too.
     """
 
     iters: int = 200
     batch_size: int = 8
+    accumulate: int = 1
     lr: float | None = None
     minmax_lr: float | None = None
+    lr_scheduler: str = "linear"
+    optimizer: str = "sign"
+    momentum: float = 0.0
     seed: int = 42
     scale_init: str = "search"
+    loss: str = "mse"
+    frozen_super_scales: bool = False
     keep: str = "last"
+    validation_rows: int = 0
+    patience: int = 0
     minmax_tuning: bool = True
+    search_wide: bool = False
+
+    def offset_step(self, bits: int) -> float:
+        """Return the first step of the rounding offsets of a layer with codes of some width."""
+        return self.lr if self.lr is not None else auto_lr(self.iters, bits)
+
+    def minmax_step(self, bits: int) -> float:
+        """Return the first step of the clip factors of such a layer."""
+        return self.minmax_lr if self.minmax_lr is not None else self.offset_step(bits)
 
 
 @dataclass(frozen=True)
@@ -64,13 +92,19 @@ class BlockTask:
         block: the module with its float weights; never changed by an algorithm.
         name: its name in the model.
         targets: the weights to quantize.
-        inputs: what the block is given (by the quantized blocks before it), by row; None for
-            algorithms that need none.
+        inputs: what the block is given (by the quantized blocks before it, or by the float ones
+            for algorithms with `float_inputs`), by row; None for algorithms that need none.
         reference: float output rows [T, H] that the quantized block should give; empty likewise.
         settings: numbers of the loop.
         report: called with (step, steps, loss) now and then.
         shared: by layer, parameters that it must have in common with others.
         ranges: by layer, the range of its activations where the scheme fixes it beforehand.
+        energy: by layer, the mean square [I] of its float inputs over all rows, for algorithms
+            with `float_inputs`; a layer that no token reached is missing.
+        tail: what the model does to the output head's logits (a soft cap, a factor).
+        note: called with something a user should know.
+        float_inputs: what the block is given in the float model, by row; None where that is
+            `inputs` too.
     """
 
     block: nn.Module
@@ -82,6 +116,10 @@ class BlockTask:
     report: Callable[[int, int, float], None]
     shared: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
+    energy: Mapping[str, Tensor] = field(default_factory=dict)
+    tail: Callable[[Tensor], Tensor] = lambda logits: logits
+    note: Callable[[str], None] = lambda text: None
+    float_inputs: RowBank | None = None
 
     def weight(self, target: Target) -> Tensor:
         """Return a target's float weight as [O, I] (a view)."""
@@ -101,22 +139,48 @@ class BlockTask:
         return output, torch.stack([self.reference[r] for r in rows])
 
 
+_FACTS = ("loss_before", "loss_after", "relative")
+
+
 @dataclass(frozen=True)
 class BlockResult:
-    """What became of a block: quantized weights by layer name, and mean squared errors.
+    """What became of a block: quantized weights by layer name, and errors.
 
     `loss_before` is the error with plain round-to-nearest, `loss_after` with these weights, both
-    on the same rows; None for algorithms that look at no inputs.
+    on the same rows: mean squared errors of the output, KL divergences in nats for the output
+    head; None for algorithms that look at no inputs. `relative` is `loss_after` over the mean
+    square of the reference output, as the walk measures it. `diverged`: the loop left the finite
+    numbers and its result was thrown away.
     """
 
     weights: Mapping[str, QuantizedWeight]
     loss_before: float | None = None
     loss_after: float | None = None
+    relative: float | None = None
+    diverged: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """Return all but the weights as plain values, for the journal of a run."""
+        return {name: getattr(self, name) for name in _FACTS}
+
+    @classmethod
+    def restored(
+        cls, weights: Mapping[str, QuantizedWeight], facts: Mapping[str, Any]
+    ) -> BlockResult:
+        """Return the result with these weights and `facts()`."""
+        before, after, relative = (facts.get(name) for name in _FACTS)
+        return cls(weights, before, after, relative)
 
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """A way to quantize a block."""
+    """A way to quantize a block.
+
+    Two members are optional. `float_inputs = True`: blocks are given what the float blocks before
+    them give, and `BlockTask.energy`. `quantize_head(task) -> BlockResult`: quantizes the output
+    head, given a task whose inputs and reference are the hidden states before it, of the
+    quantized and of the float model; without it the head is rounded to nearest.
+    """
 
     @property
     def name(self) -> str:

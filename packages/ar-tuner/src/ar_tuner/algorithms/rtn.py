@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ar_kernels import data_type
+from ar_kernels import KernelError, data_type
 from ar_tuner.algorithms.base import BlockResult
+from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,10 +42,17 @@ def nearest(
     """Return a weight rounded to nearest under its scheme.
 
     `shared` holds parameters that it has in common with others, where the data type has any.
+
+    Raises:
+        TunerError: the weight has no such representation; names the layer.
     """
     spec = target.scheme.weight
     assert spec is not None
     kind = data_type(spec.data_type)
     # what "round to nearest" means for scales of two levels is a search, in every quantizer
     find = kind.search if spec.super_group is not None else kind.parameters
-    return kind.quantize(weight, spec, find(weight, spec, shared=shared))
+    try:
+        return kind.quantize(weight, spec, find(weight, spec, shared=shared))
+    except KernelError as error:
+        msg = f"layer {target.ref.layer}: {error}"
+        raise TunerError(msg) from error

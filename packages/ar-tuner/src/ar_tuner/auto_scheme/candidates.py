@@ -12,7 +12,7 @@ from ar_kernels import data_type
 from ar_tuner.activations import is_static
 from ar_tuner.algorithms.base import BlockTask, Target, TuneSettings
 from ar_tuner.algorithms.rtn import nearest
-from ar_tuner.blocks import WeightRef, weight_of, weights_of
+from ar_tuner.blocks import WeightRef, is_linear, weight_of, weights_of
 from ar_tuner.fused import fused_groups, shared_values
 
 if TYPE_CHECKING:
@@ -101,9 +101,12 @@ class Maker:
         return out
 
     def outside(self, module: nn.Module, name: str, which: Scheme) -> Candidate:
-        """Return the candidate of a layer outside the blocks, as the tuner leaves it."""
+        """Return the candidate of a layer outside the blocks: an embedding is not tuned."""
         target = Target(WeightRef(name, "weight", transposed=False), which)
-        return self.kept(target, nearest(target, weight_of(module).detach()))
+        weight = weight_of(module).detach()
+        if not is_linear(module):
+            return self.kept(target, nearest(target, weight))
+        return self.kept(target, self._searched(weight.float(), target, None, None))
 
     def kept(self, target: Target, made: QuantizedWeight) -> Candidate:
         """Return a candidate in the form that is kept."""

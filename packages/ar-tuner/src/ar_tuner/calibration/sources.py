@@ -1,32 +1,68 @@
-"""Where calibration texts come from: files, lists, named sources, `datasets` names."""
+"""Where calibration records come from: files, registered names, names on a hub."""
 
 from __future__ import annotations
 
-import json
+import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ar_schemes import unknown_name
+from ar_tuner.calibration.files import SUFFIXES, is_local, read_path
+from ar_tuner.calibration.records import document_of, is_empty, size_of
 from ar_tuner.errors import TunerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
-TEXT_KEYS = ("text", "content", "prompt", "input", "instruction")
-OPTIONS = ("split", "num", "key")
+    from ar_tuner.calibration.grammar import SetRequest
+    from ar_tuner.calibration.records import Document
+
+POOL_CHARACTERS = 2**27
+"""Most text that is kept of one set while rows are chosen."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a source is asked for.
+
+    Attributes:
+        splits: parts of the set; empty: those it has by default.
+        subset: configuration of a set on a hub, or None.
+        key: field of a record that is meant, or None.
+        seed: of the order of a stream too long to be read whole.
+        limit: records of which a stream too long to be read whole gives no more.
+        allow_download: the network may be used.
+    """
+
+    splits: tuple[str, ...] = ()
+    subset: str | None = None
+    key: str | None = None
+    seed: int = 42
+    limit: int = 10_000
+    allow_download: bool = False
 
 
 @runtime_checkable
 class DatasetSource(Protocol):
-    """A named source of calibration texts."""
+    """A named source of calibration data.
+
+    It may have `aliases`, a tuple of other names, which may hold what a name may not ("/").
+    """
 
     @property
     def name(self) -> str:
         """What a user types."""
 
-    def texts(self, *, split: str | None) -> Iterable[str]:
-        """Return the texts, in an order that is always the same."""
+    def records(self, query: Query) -> Iterable[Any]:
+        """Return records: strings, dicts with text, chat messages, or token ids.
+
+        Equal queries get equal records in equal order. What cannot be answered (an unknown split,
+        no consent to download) is refused by the call itself; records are read while iterating.
+
+        Raises:
+            TunerError: the query cannot be answered.
+        """
 
 
 class EmbeddedTexts:
@@ -34,130 +70,82 @@ class EmbeddedTexts:
 
     name = "default"
 
-    def texts(self, *, split: str | None) -> Iterable[str]:  # noqa: ARG002
+    def records(self, query: Query) -> Iterable[Any]:
         """Return the texts."""
-        return read_file(Path(__file__).with_name("default.jsonl"))
+        return read_path(Path(__file__).with_name("default.jsonl"), splits=query.splits)
 
 
-def texts_of(
-    request: str | Path, known: Mapping[str, DatasetSource], *, allow_download: bool
-) -> list[str]:
-    """Return the texts a user names: `FILE`, `NAME` or either with `:split=train,num=512`.
+def open_set(
+    request: SetRequest, known: Mapping[str, DatasetSource], query: Query
+) -> Iterator[Document]:
+    """Return the documents of a set, read while iterating; empty ones are left out.
+
+    A registered name comes before a file of that name; names are compared whole.
 
     Raises:
-        TunerError: no such file or source, no consent to download, or a file that cannot be read.
+        TunerError: no such file, source or split, or no consent to download.
     """
-    name, options = _options(str(request))
-    path = Path(name)
-    if path.suffix in SUFFIXES or path.exists():
-        texts: Iterable[str] = read_file(path, key=options.get("key"))
-    elif name in known:
-        texts = known[name].texts(split=options.get("split"))
-    elif allow_download:
-        texts = _from_hub(name, options)
+    records: Iterable[Any]
+    named = _find(request.name, known)
+    if named is not None:
+        records = named.records(query)
+    elif is_local(request.name):
+        records = read_path(Path(request.name), splits=query.splits)
+    elif query.allow_download:
+        from ar_tuner.calibration.hub import HubSet, Place
+
+        splits = query.splits or ("train",)
+        records = HubSet(request.name, hub=Place(request.name, splits)).records(query)
     else:
         hint = (
-            "A local file ends in .txt, .json, .jsonl or .parquet. To load a set by its name from "
+            f"A local file ends in {', '.join(SUFFIXES)}. To load a set by its name from "
             "the Hugging Face hub, allow downloads (--allow-download)."
         )
-        raise TunerError(unknown_name("calibration dataset", name, known, hint=hint))
-    wanted = int(options["num"]) if "num" in options else None
-    out: list[str] = []
-    for text in texts:
-        if wanted is not None and len(out) == wanted:
-            break
-        if text.strip():
-            out.append(text)
-    if not out:
-        msg = f"calibration dataset {name!r} is empty: it holds no text to calibrate with"
-        raise TunerError(msg)
-    return out
+        raise TunerError(unknown_name("calibration dataset", request.name, known, hint=hint))
+    return documents_of(records, where=request.name, key=request.key)
 
 
-def read_file(path: Path, *, key: str | None = None) -> Iterator[str]:
-    """Yield the texts of a .txt (paragraphs), .json, .jsonl or .parquet file.
+def _find(name: str, known: Mapping[str, DatasetSource]) -> DatasetSource | None:
+    if name in known:
+        return known[name]
+    aliased = (source for source in known.values() if name in getattr(source, "aliases", ()))
+    return next(aliased, None)
+
+
+def documents_of(
+    records: Iterable[Any], *, where: str, key: str | None = None
+) -> Iterator[Document]:
+    """Yield what records hold, without the empty ones.
 
     Raises:
-        TunerError: no such file, an unknown kind of file, or one that cannot be read.
+        TunerError: a record that holds neither text, nor a chat, nor token ids.
     """
-    if not path.is_file():
-        msg = f"calibration file {str(path)!r} does not exist"
-        raise TunerError(msg)
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            yield from _records(pyarrow.parquet.read_table(path).to_pylist(), path, key)
-            return
-        raw = path.read_text(encoding="utf-8")
-        if path.suffix == ".txt":
-            yield from (part for part in raw.split("\n\n") if part.strip())
-        elif path.suffix == ".jsonl":
-            lines = (line for line in raw.split("\n") if line.strip())  # not at U+2028
-            yield from _records((json.loads(line) for line in lines), path, key)
-        elif path.suffix == ".json":
-            yield from _records(json.loads(raw), path, key)
-        else:
-            msg = f"calibration file {str(path)!r}: use one of {', '.join(SUFFIXES)}"
-            raise TunerError(msg)
-    except (UnicodeDecodeError, ValueError, OSError) as error:
-        msg = f"calibration file {str(path)!r} cannot be read: {error}"
-        raise TunerError(msg) from error
-
-
-def _records(records: Any, path: Path, key: str | None) -> Iterator[str]:
-    if isinstance(records, dict):
-        records = next((v for v in records.values() if isinstance(v, list)), [records])
     for record in records:
-        yield text_of(record, where=str(path), key=key)
+        document = document_of(record, where=where, key=key)
+        if not is_empty(document):
+            yield document
 
 
-def text_of(record: Any, *, where: str, key: str | None = None) -> str:
-    """Return the text of one record: a string, a dict with a text field, or chat messages.
+def sample(
+    documents: Iterable[Document], *, limit: int, seed: int, characters: int = POOL_CHARACTERS
+) -> list[Document]:
+    """Return at most `limit` documents of about `characters` in all, every one equally likely.
 
-    Raises:
-        TunerError: none of these.
+    Where all fit they come in their own order; else it is reservoir sampling (Vitter 1985,
+    algorithm R), which keeps no more than it returns.
     """
-    if isinstance(record, str):
-        return record
-    if isinstance(record, dict):
-        for name in (key,) if key else TEXT_KEYS:
-            if isinstance(record.get(name), str):
-                return str(record[name])
-        messages = record.get("messages") or record.get("conversations")
-        if isinstance(messages, list) and messages:
-            return "\n".join(str(m.get("content") or m.get("value") or "") for m in messages)
-        found = f"a record with the fields {', '.join(map(str, record)) or 'none'}"
-    else:
-        found = f"a record of type {type(record).__name__}"
-    msg = (
-        f"{where}: {found} holds no text. Use strings, or records with one of the fields "
-        f"{', '.join(TEXT_KEYS)}, messages (or name the field: FILE:key=NAME)."
-    )
-    raise TunerError(msg)
-
-
-def _options(request: str) -> tuple[str, dict[str, str]]:
-    name, colon, tail = request.partition(":")
-    if not colon or "=" not in tail:
-        return request, {}
-    options = dict(part.partition("=")[::2] for part in tail.split(","))
-    for option in options:
-        if option not in OPTIONS:
-            raise TunerError(unknown_name("dataset option", option, OPTIONS))
-    if not options.get("num", "1").isdigit():
-        msg = f"dataset option num={options['num']!r} must be a whole number"
-        raise TunerError(msg)
-    return name, options
-
-
-def _from_hub(name: str, options: Mapping[str, str]) -> Iterator[str]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, split=options.get("split", "train"), streaming=True)
-    except (OSError, ValueError, ConnectionError) as error:
-        msg = f"calibration dataset {name!r} cannot be loaded: {error}"
-        raise TunerError(msg) from error
-    for row in rows:
-        yield text_of(row, where=name, key=options.get("key"))
+    chance = random.Random(seed)  # noqa: S311 - a choice, not a secret
+    kept: list[Document] = []
+    held = 0
+    for seen, document in enumerate(documents):
+        size = size_of(document)
+        if len(kept) < limit:
+            kept.append(document)
+            held += size
+        elif (at := chance.randrange(seen + 1)) < limit:
+            held += size - size_of(kept[at])
+            kept[at] = document
+        while held > characters and len(kept) > 1:
+            held -= size_of(kept.pop(chance.randrange(len(kept))))
+            limit = len(kept)
+    return kept

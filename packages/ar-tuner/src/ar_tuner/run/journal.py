@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from torch import Tensor
+
     from ar_tuner.events import RunEvent
 
 VERSION = 1
@@ -146,6 +148,28 @@ class Run:
             for layer, spec in specs.items()
         }
         return weights, dict(entry["facts"])
+
+    def put_state(self, name: str, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Replace the state that a stage keeps, whole or not at all."""
+        plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        path = self._state(name)
+        part = path.with_suffix(".part")
+        save_file(plain, part, metadata={"step": str(step)})
+        _sync(part)
+        part.replace(path)
+        _sync(path.parent)
+
+    def get_state(self, name: str) -> tuple[dict[str, Tensor], int] | None:
+        """Return the state that a stage kept last and its number of steps, or None."""
+        path = self._state(name)
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, int(file.metadata()["step"])
+
+    def _state(self, name: str) -> Path:
+        return self.directory / "blocks" / f"state-{name}.safetensors"
 
     def record(self, event: RunEvent) -> None:
         """Append an event to the log."""

@@ -1,0 +1,28 @@
+"""Numbers of the second-order solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What the solver may be told.
+
+    Attributes:
+        cycles: passes of coordinate descent at most.
+        damping: for 2, 3 and more bits, the share of the mean energy that is added to every
+            channel before factorizing.
+        pull: how far the goal moves from the float weight towards what makes up for the errors
+            of earlier layers: 0 not at all, 1 fully.
+        ridge: share of the mean energy that tames that move.
+    """
+
+    cycles: int = 4
+    damping: tuple[float, float, float] = (0.05, 0.02, 0.01)
+    pull: float = 1.0
+    ridge: float = 0.1
+
+    def damping_for(self, bits: int) -> float:
+        """Return the damping for a width."""
+        return self.damping[min(max(bits, 2), 4) - 2]

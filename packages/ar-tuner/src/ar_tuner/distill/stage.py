@@ -1,0 +1,166 @@
+"""Stage `distill`: a whole quantized model learns to predict what the float model predicts.
+
+Blocks that were tuned one by one reproduce their own outputs; what couples them is left. Here
+latent weights, scales and the gains of norms take small adaptive steps along the gradient of the
+KL divergence between the two models' predictions, each row of text seen about once. Scales alone
+are EfficientQAT's second phase (arXiv 2407.11062, section 3.3); moving codes as well, behind a
+margin, is ours and worth several times as much (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ar_tuner.distill.divergence import divergence
+from ar_tuner.distill.latent import Latent
+from ar_tuner.distill.moments import Moments
+from ar_tuner.stages import ModelResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from ar_tuner.stages import ModelTask
+
+REPORTS = 10
+WARM = 5
+"""Steps over which the step size grows to its full value."""
+CODES, SCALES, GAINS = 3e-3, 8e-4, 8e-4
+"""First step sizes: of latent weights in quantization steps, of scale factors, of gains relative
+to their size. The same at 2, 3 and 4 bits; twice as much loses at 2 bits, half as much at 4."""
+
+
+class Distill:
+    """Stage `distill`."""
+
+    name = "distill"
+
+    def refine(self, task: ModelTask) -> ModelResult:
+        """Return the refined weights and gains, or none where held-out rows do not gain."""
+        before = _held_out(task, {})
+        latents = [x for x in map(Latent.of, task.targets) if x is not None]
+        gains = {name: _Gain.of(value) for name, value in task.gains.items()}
+        began = _restore(task, latents, gains)
+        for step in range(began, task.settings.steps):
+            loss = _step(task, latents, gains, step)
+            done = step + 1
+            if done % max(1, task.settings.steps // REPORTS) == 0:
+                task.report(done, task.settings.steps, loss)
+                task.save(_state(latents, gains), done)
+        tuned = {x.target.parameter: x.stored(x.target.original) for x in latents}
+        moved = {name: gain.stored() for name, gain in gains.items()}
+        after = _held_out(task, {**tuned, **moved})
+        if not after < before:
+            return ModelResult(loss_before=before, loss_after=before)
+        weights = {x.target.layer: x.quantize() for x in latents}
+        return ModelResult(weights, moved, before, after)
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """A float parameter that moves, in steps relative to its size; stored in its own type."""
+
+    value: Tensor
+    moments: Moments
+    dtype: torch.dtype
+    size: float
+
+    @classmethod
+    def of(cls, value: Tensor) -> _Gain:
+        plain = value.detach().float().clone()
+        size = max(float(plain.square().mean().sqrt()), 1e-3)
+        return cls(plain, Moments.like(plain), value.dtype, size)
+
+    def stored(self) -> Tensor:
+        return self.value.to(self.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"value": self.value, "first": self.moments.first, "second": self.moments.second}
+
+
+def _step(
+    task: ModelTask,
+    latents: list[Latent],
+    gains: Mapping[str, _Gain],
+    step: int,
+) -> float:
+    """Move everything once and return the loss of the rows it was moved for."""
+    leaves = {x.target.parameter: x.stored(x.target.original).requires_grad_() for x in latents}
+    leaves |= {name: gain.stored().requires_grad_() for name, gain in gains.items()}
+    rows = _rows(task, step)
+    total = 0.0
+    for part in _parts(task, rows):
+        with torch.no_grad():
+            reference = task.logits({}, part, False)  # noqa: FBT003
+        with torch.enable_grad():
+            loss = divergence(task.logits(leaves, part, True), reference)  # noqa: FBT003
+            (loss * (part.shape[0] / rows.shape[0])).backward()
+        total += float(loss.detach()) * part.shape[0] / rows.shape[0]
+    share = _schedule(step, task.settings.steps)
+    for latent in latents:
+        leaf = leaves[latent.target.parameter]
+        latent.step(leaf, step, codes=CODES * share, scales=SCALES * share)
+    for name, gain in gains.items():
+        grad = leaves[name].grad
+        if grad is not None:
+            gain.moments.move(gain.value, grad.float(), step, GAINS * share * gain.size)
+    return total
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the share of the full step size: a short rise, then half a cosine to zero."""
+    return min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _rows(task: ModelTask, step: int) -> Tensor:
+    """Return the rows of a step: all rows in a random order, then again in another."""
+    count, size = task.rows.shape[0], min(task.settings.batch_size, task.rows.shape[0])
+    per_pass = count // size
+    made = torch.Generator().manual_seed(task.settings.seed + step // per_pass)
+    order = torch.randperm(count, generator=made)
+    start = step % per_pass * size
+    return task.rows[order[start : start + size].to(task.rows.device)]
+
+
+def _parts(task: ModelTask, rows: Tensor) -> Iterator[Tensor]:
+    """Yield rows in parts whose logits fit the limit."""
+    size = task.settings.max_logits // (rows.shape[1] * max(1, _vocabulary(task, rows)))
+    yield from rows.split(max(1, min(size, rows.shape[0])))
+
+
+def _vocabulary(task: ModelTask, rows: Tensor) -> int:
+    with torch.no_grad():
+        return int(task.logits({}, rows[:1, :2], False).shape[-1])  # noqa: FBT003
+
+
+def _held_out(
+    task: ModelTask,
+    replaced: Mapping[str, Tensor],
+) -> float:
+    """Return the mean divergence of the quantized model on the held-out rows."""
+    total = 0.0
+    with torch.no_grad():
+        for part in _parts(task, task.held_out):
+            reference = task.logits({}, part, False)  # noqa: FBT003
+            found = divergence(task.logits(replaced, part, True), reference)  # noqa: FBT003
+            total += float(found) * part.shape[0]
+    return total / task.held_out.shape[0]
+
+
+def _state(latents: list[Latent], gains: Mapping[str, _Gain]) -> dict[str, Tensor]:
+    out = {f"{x.target.parameter}|{k}": v for x in latents for k, v in x.state().items()}
+    return out | {f"{name}|{k}": v for name, gain in gains.items() for k, v in gain.state().items()}
+
+
+def _restore(task: ModelTask, latents: list[Latent], gains: Mapping[str, _Gain]) -> int:
+    if task.saved is None:
+        return 0
+    tensors, done = task.saved
+    for name, tensor in _state(latents, gains).items():
+        tensor.copy_(tensors[name])
+    return done

@@ -1,0 +1,113 @@
+"""Stages: what refines a whole quantized model, after its blocks are done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import Scheme
+
+
+@dataclass(frozen=True)
+class ModelTarget:
+    """One quantized weight of a model.
+
+    Attributes:
+        layer: its name, that of the module.
+        parameter: name of the parameter in the model.
+        transposed: the parameter is stored as [I, O].
+        scheme: what it is quantized to.
+        weight: its codes and scales as they stand.
+        original: the float weight [O, I] it came from.
+    """
+
+    layer: str
+    parameter: str
+    transposed: bool
+    scheme: Scheme
+    weight: QuantizedWeight
+    original: Tensor
+
+    def view(self, stored: Tensor) -> Tensor:
+        """Return the stored parameter as [O, I] (and the other way round)."""
+        return stored.t() if self.transposed else stored
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Numbers of a stage.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: rows per step.
+        seed: of the order of the rows.
+        max_logits: most logits that are held at a time; rows are taken in smaller parts above.
+    """
+
+    steps: int
+    batch_size: int = 8
+    seed: int = 42
+    max_logits: int = 2**25
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """A whole quantized model to refine.
+
+    Attributes:
+        logits: (replaced parameters by name, rows [B, T], quantized) to logits [B, T, V], with
+            gradients to the replaced parameters: of the quantized model, activations included, or
+            of the float model.
+        targets: every quantized weight.
+        gains: float parameters that may move a little: the gains of norms, by name.
+        rows: token ids [N, T] to learn from.
+        held_out: token ids [M, T] of other documents, which decide whether the result is kept.
+        settings: numbers of the stage.
+        report: called with (step, steps, loss) now and then.
+        save: called with tensors and the number of steps done, when a state is worth keeping.
+        saved: the state that an interrupted stage kept last, and its number of steps.
+    """
+
+    logits: Callable[[Mapping[str, Tensor], Tensor, bool], Tensor]
+    targets: tuple[ModelTarget, ...]
+    gains: Mapping[str, Tensor]
+    rows: Tensor
+    held_out: Tensor
+    settings: StageSettings
+    report: Callable[[int, int, float], None] = lambda step, steps, loss: None
+    save: Callable[[Mapping[str, Tensor], int], None] = lambda state, done: None
+    saved: tuple[Mapping[str, Tensor], int] | None = None
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What became of a model.
+
+    Attributes:
+        weights: quantized weights by layer name; those that did not change may be missing.
+        tensors: other parameters that changed, by name, in the model's type.
+        loss_before, loss_after: on the held-out rows; None where nothing was measured.
+    """
+
+    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """A way to refine a whole quantized model; registered like an algorithm."""
+
+    @property
+    def name(self) -> str:
+        """Identifier, `distill`."""
+
+    def refine(self, task: ModelTask) -> ModelResult:
+        """Return better weights, or none. Must not change the model or global state."""
