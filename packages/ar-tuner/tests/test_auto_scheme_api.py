@@ -24,7 +24,8 @@ def job(model, rows, *, listen=None, options=OPTIONS, avg_bits=3.5, settings=Non
 
 def test_the_chosen_plan_is_an_ordinary_plan_and_goes_through_the_tuner(model, rows) -> None:
     events = []
-    request = job(model(), rows, listen=events.append)
+    settings = {"distill": False}
+    request = job(model(), rows, listen=events.append, settings=settings)
     plan = request.plan()
     assert plan.bits_per_weight <= 3.5
     assert len({r.scheme.name for r in plan.quantized}) > 1
@@ -56,7 +57,7 @@ def test_the_choice_is_a_function_of_model_text_and_seed(model, rows) -> None:
 
 
 def test_a_saved_plan_is_a_layer_config_of_the_same_plan(model, rows, tmp_path) -> None:
-    options = ("W2A16G32", {"bits": 5, "group_size": 64, "sym": False}, "MXFP4")
+    options = ("W2A16G32", {"bits": 5, "group_size": 32, "sym": False}, "MXFP4")
     rules = {"layer_config": {"layers.0.self_attn.o_proj": {"bits": 3, "group_size": 32}}}
     rules |= {"ignore_layers": "layers.1.self_attn.v_proj", "quant_lm_head": True}
     request = job(model(), rows, options=options, avg_bits=4.5, settings=rules, shared_layers=[])
@@ -163,6 +164,11 @@ def test_a_plan_is_drafted_with_every_option_in_it(model, rows, monkeypatch) -> 
     assert {r.scheme.name for r in draft.quantized} == set(OPTIONS)
 
 
+def test_numbers_of_one_scheme_do_not_go_with_options(model, rows) -> None:
+    with pytest.raises(TunerError, match="group_size belong to one scheme"):
+        job(model(), rows, settings={"group_size": 64})
+
+
 def test_one_scheme_for_all_has_no_front(model) -> None:
     with pytest.raises(TunerError, match="no front"):
         AutoRound(model(), scheme="W4A16G32").front()
@@ -184,16 +190,21 @@ def test_a_size_is_met_although_the_rest_depends_on_the_choice(model, rows, monk
     request = job(model(), rows, avg_bits=None, target_size=least)
     request.write_as("anything")
     request.plan()
-    assert least - 600 < request.chooser.choices[0].bytes <= least
+    assert least - 3000 < request.chooser.choices[0].bytes <= least
 
 
-def test_scoring_can_be_elsewhere_and_comes_back(model) -> None:
-    made = model()
-    with moved(made, "meta"):
-        assert made.lm_head.weight.is_meta is True
+def test_scoring_can_be_elsewhere_and_comes_back(monkeypatch) -> None:
     tiny = torch.nn.Linear(2, 2)
-    with moved(tiny, None), moved(tiny, "cpu"):
-        assert tiny.weight.device.type == "cpu"
-    with pytest.raises(TunerError, match="cannot be used here"), moved(tiny, "nowhere"):
+    went = []
+    monkeypatch.setattr(choose, "checked_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(tiny, "to", lambda device: went.append(str(device)))
+    with moved(tiny, "cuda:7"):
+        assert went == ["meta"]
+    assert went == ["meta", "cpu"]
+    with moved(tiny, None):
+        assert went == ["meta", "cpu"]
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(TunerError, match="cannot be used here"), moved(torch.nn.Linear(2, 2), "no"):
         pass
-    assert choose.moved is moved

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from test_auto_scheme_scorers import energies, left, task_for
 
 from ar_kernels.numerics.activation import fake_quant_activation
 from ar_schemes import scheme
@@ -19,10 +18,10 @@ def divergence(reference, candidate, rows) -> float:
     return float((ours.exp() * (ours - theirs)).sum() / rows.numel())
 
 
-def test_a_probe_is_the_divergence_of_the_model_with_the_unit_changed(model, rows) -> None:
+def test_a_probe_is_the_divergence_of_the_model_with_the_unit_changed(model, rows, oracle) -> None:
     made = model()
     options = {"W2A16G32": scheme("W2A16G32"), "MXFP4": scheme("MXFP4")}
-    task = task_for(made, rows, options, ends=("lm_head",))
+    task = oracle.task(made, rows, options, ends=("lm_head",))
     mlp = "model.layers.0.mlp"
     unit = Unit((f"{mlp}.gate_proj", f"{mlp}.up_proj"), tuple(options))
     head = Unit(("lm_head",), tuple(options))
@@ -31,19 +30,19 @@ def test_a_probe_is_the_divergence_of_the_model_with_the_unit_changed(model, row
     steps: list[int] = []
     found = measured(task, probes, lambda done, total: steps.append(total - done))
     assert steps == list(reversed(range(len(rows))))
-    energy = energies(task)
+    energy = oracle.energies(task)
 
     changed = copy.deepcopy(made)
     for layer in unit.layers:
         module = changed.get_submodule(layer)
-        module.weight.data = left(module.weight.data, options["W2A16G32"], energy[layer])
+        module.weight.data = oracle.left(module.weight.data, options["W2A16G32"], energy[layer])
     assert found[0].measured == pytest.approx(divergence(made, changed, rows), rel=1e-3)
 
     changed = copy.deepcopy(made)
     act = options["MXFP4"].activation
     for layer in unit.layers:
         module = changed.get_submodule(layer)
-        module.weight.data = left(module.weight.data, options["MXFP4"], energy[layer])
+        module.weight.data = oracle.left(module.weight.data, options["MXFP4"], energy[layer])
         module.register_forward_pre_hook(lambda m, args: (fake_quant_activation(args[0], act),))
     assert found[1].measured == pytest.approx(divergence(made, changed, rows), rel=1e-3)
     assert found[2].measured > 0
@@ -51,9 +50,9 @@ def test_a_probe_is_the_divergence_of_the_model_with_the_unit_changed(model, row
     assert found[0].to_dict()["measured_loss"] == found[0].measured
 
 
-def test_only_the_first_rows_are_measured(model, rows) -> None:
+def test_only_the_first_rows_are_measured(model, rows, oracle) -> None:
     many = rows.repeat(3, 1)
-    task = task_for(model(), many)
+    task = oracle.task(model(), many)
     steps: list[int] = []
     unit = Unit(("model.layers.0.mlp.down_proj",), ())
     measured(task, [Probe(unit, "W2A16G32", 1.0)], lambda done, total: steps.append(total))

@@ -8,60 +8,12 @@ import torch
 from ar_kernels import data_type
 from ar_kernels.numerics.activation import fake_quant_activation
 from ar_schemes import Scheme, scheme
-from ar_tuner.adapters import GenericAdapter
 from ar_tuner.auto_scheme.candidates import Inputs, Maker, ranges_of
-from ar_tuner.auto_scheme.scorers import ScoreTask
 from ar_tuner.auto_scheme.scorers.delta_loss import DeltaLoss
 from ar_tuner.auto_scheme.scorers.fisher import Fisher, blended
-from ar_tuner.blocks import find_blocks, layers_of, weights_of
+from ar_tuner.blocks import weights_of
 
 OPTIONS = {name: scheme(name) for name in ("W2A16G32", "W4A16G32")}
-
-
-def task_for(model, rows, options=None, *, ends=(), **changes) -> ScoreTask:
-    adapter = GenericAdapter()
-    discovery = find_blocks(model, adapter)
-    layers = {
-        la.name: la
-        for la in layers_of(model, discovery, adapter)
-        if (la.block is not None and la.role == "linear") or la.name in ends
-    }
-    return ScoreTask(
-        **{
-            "model": model,
-            "adapter": adapter,
-            "blocks": discovery.blocks,
-            "layers": layers,
-            "open_to": dict.fromkeys(layers, options or OPTIONS),
-            "rows": rows,
-            "batch_size": 1,
-            "seed": 3,
-            "by_block": True,
-            "maker": Maker(),
-        }
-        | changes
-    )
-
-
-def energies(task) -> dict[str, torch.Tensor]:
-    """Mean squares of all inputs, slowly."""
-    found = {}
-    inputs = Inputs()
-    for block in task.blocks:
-        refs = weights_of(block, list(task.layers))
-        with inputs.gathered(block.module, refs), torch.no_grad():
-            for row in task.rows:
-                task.model(row[None])
-    for layer in inputs.squares:
-        found[layer] = inputs.energy(layer)
-    return found
-
-
-def left(weight, which, energy) -> torch.Tensor:
-    """What an option leaves of a weight."""
-    kind = data_type(which.weight.data_type)
-    params = kind.search(weight, which.weight, importance=energy)
-    return kind.fake_quant(weight, which.weight, params)
 
 
 def draws(task, logits, number) -> torch.Tensor:
@@ -70,12 +22,12 @@ def draws(task, logits, number) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_fisher_is_the_quadratic_form_of_sampled_gradients(kind, model, rows) -> None:
+def test_fisher_is_the_quadratic_form_of_sampled_gradients(kind, model, rows, oracle) -> None:
     made = model(kind)
-    task = task_for(made, rows[:3])
+    task = oracle.task(made, rows[:3])
     before = {k: v.clone() for k, v in made.state_dict().items()}
     values = Fisher().values(task)
-    energy = energies(task)
+    energy = oracle.energies(task)
     refs = {r.layer: (b, r) for b in task.blocks for r in weights_of(b, list(task.layers))}
     sums = {(layer, o): [0.0, 0.0] for layer in task.layers for o in OPTIONS}
     for number, row in enumerate(task.rows):
@@ -88,7 +40,7 @@ def test_fisher_is_the_quadratic_form_of_sampled_gradients(kind, model, rows) ->
             stored = block.module.get_parameter(ref.parameter)
             gradient, weight = ref.view(stored.grad), ref.view(stored.detach())
             for option, which in OPTIONS.items():
-                product = (gradient * (left(weight, which, energy[layer]) - weight)).sum(1)
+                product = (gradient * (oracle.left(weight, which, energy[layer]) - weight)).sum(1)
                 sums[layer, option][0] += float(product.square().sum())
                 sums[layer, option][1] += float(product.sum() ** 2)
             stored.grad = None
@@ -100,10 +52,10 @@ def test_fisher_is_the_quadratic_form_of_sampled_gradients(kind, model, rows) ->
     assert all(not p.requires_grad and p.grad is None for p in made.parameters())
 
 
-def test_a_tied_embedding_is_scored_in_both_its_places(model, rows) -> None:
+def test_a_tied_embedding_is_scored_in_both_its_places(model, rows, oracle) -> None:
     made = model("qwen3")
     name = "model.embed_tokens"
-    task = task_for(made, rows[:2], {"W4A16G32": OPTIONS["W4A16G32"]}, ends=(name,))
+    task = oracle.task(made, rows[:2], {"W4A16G32": OPTIONS["W4A16G32"]}, ends=(name,))
     values = Fisher().values(task)
     weight = made.model.embed_tokens.weight
     spec = OPTIONS["W4A16G32"].weight
@@ -122,11 +74,11 @@ def test_a_tied_embedding_is_scored_in_both_its_places(model, rows) -> None:
 
 
 @pytest.mark.parametrize("scorer", [Fisher(), DeltaLoss()], ids=lambda s: s.name)
-def test_scores_do_not_depend_on_how_memory_is_spent(scorer, model, rows) -> None:
+def test_scores_do_not_depend_on_how_memory_is_spent(scorer, model, rows, oracle) -> None:
     made = model()
     options = {**OPTIONS, "MXFP4": scheme("MXFP4")}
     ends = ("lm_head", "model.embed_tokens")
-    task = task_for(made, rows[:2], options, ends=ends)
+    task = oracle.task(made, rows[:2], options, ends=ends)
     first = scorer.values(task)
     assert first == scorer.values(task)
     for changes in ({"by_block": False}, {"maker": Maker(as_codes=False)}):
@@ -136,9 +88,9 @@ def test_scores_do_not_depend_on_how_memory_is_spent(scorer, model, rows) -> Non
                 assert other[layer][option] == pytest.approx(value, rel=1e-3), (layer, option)
 
 
-def test_more_bits_lose_less_and_floats_nothing(model, rows) -> None:
+def test_more_bits_lose_less_and_floats_nothing(model, rows, oracle) -> None:
     options = {**OPTIONS, "BF16": Scheme(name="BF16")}
-    task = task_for(model(), rows, options)
+    task = oracle.task(model(), rows, options)
     fisher = Fisher()
     scores = fisher.scores(fisher.values(task), rows.numel())
     for layer in task.layers:
@@ -146,8 +98,8 @@ def test_more_bits_lose_less_and_floats_nothing(model, rows) -> None:
         assert (layer, "BF16") not in scores
 
 
-def test_finished_layers_are_not_scored_again_and_change_nothing(model, rows) -> None:
-    task = task_for(model(), rows[:3])
+def test_finished_layers_are_not_scored_again_and_change_nothing(model, rows, oracle) -> None:
+    task = oracle.task(model(), rows[:3])
     whole = Fisher().values(task)
     saved: dict[str, object] = {}
 
@@ -176,18 +128,18 @@ def test_finished_layers_are_not_scored_again_and_change_nothing(model, rows) ->
     assert not set(made) & saved.keys()
 
 
-def test_delta_loss_is_the_gradient_at_the_quantized_model_times_the_change(model, rows) -> None:
+def test_delta_loss_is_gradient_at_the_quantized_model_times_change(model, rows, oracle) -> None:
     made = model()
-    task = task_for(made, rows[:4], batch_size=2)
+    task = oracle.task(made, rows[:4], batch_size=2)
     values = DeltaLoss().values(task)
-    energy = energies(task)
+    energy = oracle.energies(task)
     option = "W2A16G32"
     refs = {r.layer: (b, r) for b in task.blocks for r in weights_of(b, list(task.layers))}
     floats = {}
     for layer, (block, ref) in refs.items():
         stored = block.module.get_parameter(ref.parameter)
         floats[layer] = stored.detach().clone()
-        stored.data = left(stored.detach(), OPTIONS[option], energy[layer])
+        stored.data = oracle.left(stored.detach(), OPTIONS[option], energy[layer])
         stored.requires_grad_()
     sums = dict.fromkeys(refs, 0.0)
     for batch in task.batches:
@@ -204,11 +156,11 @@ def test_delta_loss_is_the_gradient_at_the_quantized_model_times_the_change(mode
     assert scores[layer, option] == values[layer][option][0] / 10
 
 
-def test_quantized_activations_count(model, rows) -> None:
+def test_quantized_activations_count(model, rows, oracle) -> None:
     made = model()
     both = scheme("MXFP4")
     options = {"weights": dataclasses.replace(both, activation=None, name="weights"), "both": both}
-    task = task_for(made, rows[:2], options)
+    task = oracle.task(made, rows[:2], options)
     values = Fisher().values(task)
     for named in values.values():
         assert named["weights"][3] == 0
@@ -258,7 +210,7 @@ def test_blending_trusts_differences_only_beyond_their_noise() -> None:
     assert blended({**sure, "zero": (0.0, 0.0, 2.0)})["zero"] == 0.0
 
 
-def test_compiling_is_of_the_search_alone(model, rows, monkeypatch) -> None:
+def test_compiling_is_of_the_search_alone(model, rows, oracle, monkeypatch) -> None:
     compiled = []
 
     def fake(function):
@@ -266,7 +218,7 @@ def test_compiling_is_of_the_search_alone(model, rows, monkeypatch) -> None:
         return function
 
     monkeypatch.setattr(torch, "compile", fake)
-    task = task_for(model(), rows[:1])
+    task = oracle.task(model(), rows[:1])
     plain = Fisher().values(task)
     assert not compiled
     assert Fisher().values(dataclasses.replace(task, maker=Maker(compiled=True))) == plain

@@ -5,7 +5,7 @@ Torch is never imported here: a scheme is data.
 
 from ar_schemes.errors import ArError, PluginError, SchemeError, unknown_name
 from ar_schemes.hookspecs import hookimpl
-from ar_schemes.plan import LayerInfo, LayerPlan, LayerRules, PlanRow, make_plan, matches
+from ar_schemes.plan import LayerInfo, LayerPlan, LayerRules, PlanRow, make_plan, matches, settled
 from ar_schemes.plugins import HOSTS, PluginHost, PluginRecord, Registry
 from ar_schemes.registry import host, scheme, schemes
 from ar_schemes.scheme import FIELDS, Scheme, describe, scheme_from_dict
@@ -41,5 +41,6 @@ __all__ = [
     "scheme",
     "scheme_from_dict",
     "schemes",
+    "settled",
     "unknown_name",
 ]

@@ -94,6 +94,7 @@ class AutoRound:
             self.source = check_source(self.source, allow_download=self.settings.allow_download)
         self.chooser: Chooser | None = None
         if isinstance(scheme, AutoScheme):
+            self._check_options()
             self.chooser = Chooser(scheme, source=self.source, emit=self.emit)
 
     def plan(self) -> LayerPlan:
@@ -353,9 +354,18 @@ class AutoRound:
         nsamples = recipe.nsamples if recipe.iters else None
         check_dataset(self.dataset, nsamples=nsamples, allow_download=self.settings.allow_download)
 
+    def _check_options(self) -> None:
+        given = [n for n in ("bits", "group_size", "sym") if getattr(self.settings, n) is not None]
+        if given:
+            msg = (
+                f"{', '.join(given)} belong to one scheme, and an AutoScheme has several: give its "
+                "options these numbers, such as W4A16G64 or {'bits': 4, 'sym': False}"
+            )
+            raise TunerError(msg)
+
     def _scheme(self) -> Scheme:
         which = self._asked
-        if isinstance(which, AutoScheme):
+        if isinstance(which, AutoScheme):  # until something is chosen
             return next(iter(which.schemes.values()))
         if which is None:
             implied = {f: scheme_for_format(f) for f in self._formats}

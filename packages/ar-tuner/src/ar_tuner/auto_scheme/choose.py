@@ -188,9 +188,14 @@ class Chooser:
         )
         chosen = scorer(asked.scorer)
         with moved(subject.model, asked.device_map):
-            values = known
+            found = known
             if any(task.missing(layer) for layer in space.layers):
-                values = {**known, **chosen.values(task)}
+                found = {**known, **chosen.values(task)}
+            # in one order, whatever was known before: sums depend on it
+            values = {
+                layer: {o: found[layer][o] for o in open_to[layer] if o in found[layer]}
+                for layer in space.layers
+            }
             losses = chosen.scores(values, self._rows.numel())
             if not (asked.calibrate and chosen.calibrated):
                 return losses
@@ -202,21 +207,16 @@ class Chooser:
         """Return predictions beside measurements; what the cache has is not measured again."""
         assert self._cache is not None
         dtype = next(task.model.parameters()).dtype
+        cache, options = self._cache, space.options
         probes = chosen_probes(space.units, losses, floor=FLOOR.get(dtype, 0.0))
-        out: list[Probe] = []
-        new: list[Probe] = []
-        for probe in probes:
-            found = self._cache.measured(probe.unit.layers, space.options[probe.option])
-            (new if found is None else out).append(
-                dataclasses.replace(probe, measured=found or 0.0)
-            )
+        new = [p for p in probes if cache.measured(p.unit.layers, options[p.option]) is None]
         if new:
             done = measured(task, new, self._reporter("probing"))
-            self._cache.save_measured(
-                (p.unit.layers, space.options[p.option], p.measured) for p in done
-            )
-            out += done
-        return tuple(out)
+            cache.save_measured((p.unit.layers, options[p.option], p.measured) for p in done)
+        return tuple(
+            dataclasses.replace(p, measured=cache.measured(p.unit.layers, options[p.option]) or 0.0)
+            for p in probes
+        )
 
     def _open_cache(self, model: nn.Module, rows: Tensor) -> ScoreCache:
         asked = self.asked

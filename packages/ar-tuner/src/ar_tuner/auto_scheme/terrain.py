@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ar_schemes import LayerPlan, PlanSize
+from ar_schemes import LayerPlan, PlanSize, scheme, settled
 from ar_tuner.names import map_names, source_files, tensor_facts
 from ar_tuner.registry import measure_plan
 
@@ -38,6 +38,10 @@ def float_facts(model: nn.Module, source: Path | None) -> dict[str, tuple[tuple[
     files = source_files(source)
     names = {stored: key for key, stored in map_names(model.state_dict(), files).items()}
     return {names.get(key, key): fact for key, fact in tensor_facts(files).items()}
+
+
+BASE = "W4A16"
+"""Completes what a user's rule leaves open (`{"bits": 8}`), as no one option is the default."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def terrain(
     size: Callable[[LayerPlan], PlanSize],
 ) -> Terrain:
     """Return the terrain of a model; `resolve` makes a plan of rules, as formats want it."""
+    rules = settled(rules, scheme(BASE))
     weights = {layer.name: layer.weights for layer in layers}
 
     def plan(chosen: Mapping[str, Scheme]) -> LayerPlan:
