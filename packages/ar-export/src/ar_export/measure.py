@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ar_export.formats.base import HoldsEmbeddings, SizesFloats
+from ar_export.formats.base import Container, HoldsEmbeddings, SizesFloats
 from ar_export.formats.dtypes import config_dtype
 from ar_kernels import data_type
 from ar_schemes import LayerPlan, PlanSize, Scheme
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 _PERIOD = 128
 """Rows after which the bytes of every bit order repeat."""
-_ENTRY = 64
-"""Bytes of a tensor's entry in a safetensors header beside its name."""
+_ENTRY = 52
+"""Bytes of a tensor's entry in a safetensors header beside its name, type and numbers."""
+
+_OFFSET = 11
+"""Digits of an offset in a file of less than 100 GB."""
+_HEADER = 64
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,12 @@ def plan_size(
     plan: LayerPlan,
     config: Mapping[str, Any],
     floats: Mapping[str, tuple[tuple[int, ...], str]],
-) -> PlanSize:
+) -> PlanSize | None:
     """Return the bytes of a plan in a format; see the hook `ar_measure_plan`.
 
     A layer is packed once per scheme and shape from a sample of few rows, so that the bytes are
-    those of the format's own code, a plugin's included.
+    those of the format's own code, a plugin's included. Headers are counted a little too long.
+    None: the format writes floats, whatever the plan says.
 
     Raises:
         ExportError: the plan as a whole cannot be written in this format.
@@ -69,19 +74,27 @@ def plan_size(
     if rows:
         asked = _Asked(spelling, config, LayerPlan(kept, plan.default), facts={})
         written = found.config(asked)
-        known: dict[object, tuple[int, int]] = {}
+        if written is None and not isinstance(found, Container):
+            return None
+        known: dict[object, tuple[int, tuple[str, ...]]] = {}
         for row in rows:
             key = (row.scheme.weight, row.scheme.activation, row.layer.rows, row.layer.columns)
             if key not in known:
                 known[key] = _layer_size(found, written, row, config_dtype(config))
-            size, tensors = known[key]
+            size, suffixes = known[key]
             layers[row.layer.name] = size * row.layer.copies
-            headers += tensors * (len(row.layer.name) + _ENTRY)
+            shape = (row.layer.rows, row.layer.columns)
+            headers += sum(_entry(f"{row.layer.name}.{suffix}", shape) for suffix in suffixes)
     if isinstance(found, SizesFloats):
         return PlanSize(layers, found.float_bytes(config, floats), refused)
     rest = sum(math.prod(shape) * _width(name) for shape, name in floats.values())
-    headers += sum(len(name) + _ENTRY for name in floats)
-    return PlanSize(layers, rest + headers, refused)
+    headers += sum(_entry(name, shape) for name, (shape, _) in floats.items())
+    return PlanSize(layers, rest + headers + _HEADER, refused)
+
+
+def _entry(name: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor's entry in a header: name, type, shape, begin and end."""
+    return len(name) + _ENTRY + sum(len(str(n)) + 1 for n in shape) + 2 * _OFFSET
 
 
 def refusal(found: Format, spelling: str, row: PlanRow) -> str | None:
@@ -94,8 +107,8 @@ def refusal(found: Format, spelling: str, row: PlanRow) -> str | None:
 
 def _layer_size(
     found: Format, written: Mapping[str, Any] | None, row: PlanRow, dtype: torch.dtype
-) -> tuple[int, int]:
-    """Return bytes and number of tensors of one layer (of one expert, where there are several)."""
+) -> tuple[int, tuple[str, ...]]:
+    """Return bytes and names of the tensors of one layer (or expert, where there are several)."""
     rows, columns = row.layer.rows, row.layer.columns
     tile = 1
     if row.scheme.weight is not None and row.scheme.weight.granularity.span == "tile":
@@ -104,9 +117,9 @@ def _layer_size(
     few = rows % period + period
     if few + period >= rows:
         return _packed_size(found, written, row.scheme, (rows, columns), dtype)
-    small, count = _packed_size(found, written, row.scheme, (few, columns), dtype)
+    small, suffixes = _packed_size(found, written, row.scheme, (few, columns), dtype)
     larger, _ = _packed_size(found, written, row.scheme, (few + period, columns), dtype)
-    return small + (larger - small) * ((rows - few) // period), count
+    return small + (larger - small) * ((rows - few) // period), suffixes
 
 
 def _packed_size(
@@ -115,9 +128,9 @@ def _packed_size(
     scheme: Scheme,
     shape: tuple[int, int],
     dtype: torch.dtype,
-) -> tuple[int, int]:
+) -> tuple[int, tuple[str, ...]]:
     parts = found.tensors(written, _sample(scheme, shape), dtype)
-    return sum(t.numel() * t.element_size() for t in parts.values()), len(parts)
+    return sum(t.numel() * t.element_size() for t in parts.values()), tuple(parts)
 
 
 def _sample(scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:

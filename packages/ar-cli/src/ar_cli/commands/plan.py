@@ -26,7 +26,6 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 @click.option("--format", help="As written in this format, which may mix types over layers.")
 @plan_options
 @auto_options
-@click.option("--dataset", help="Text to score layers with; default: embedded text.")
 @click.option("--device", "device_map", help="Where layers are scored: cpu, cuda, cuda:1, ...")
 @click.option("--dtype", "model_dtype", help="Type to score in; default: as stored.")
 @click.option(
@@ -41,7 +40,6 @@ def plan(  # noqa: PLR0913 - one parameter per group of options
     model: str,
     format: str | None,  # noqa: A002
     scheme: str | None,
-    dataset: str | None,
     save_plan: Path | None,
     save_front: Path | None,
     every: bool,  # noqa: FBT001
@@ -57,7 +55,7 @@ def plan(  # noqa: PLR0913 - one parameter per group of options
     settings = settings_from(options)
     check_scheme(scheme, settings)
     hush()
-    job = _job(model, scheme if asked is None else asked, format, dataset, settings)
+    job = _job(model, scheme if asked is None else asked, format, settings)
     made = job.plan()
     if save_plan is not None:
         job.save_plan(save_plan)
@@ -84,12 +82,11 @@ def _job(
     model: str,
     scheme: str | AutoScheme | None,
     format: str | None,  # noqa: A002
-    dataset: str | None,
     settings: dict[str, Any],
 ) -> AutoRound:
     from ar_tuner import AutoRound
 
-    job = AutoRound(model, scheme=scheme, dataset=dataset, on_event=Progress(), **settings)
+    job = AutoRound(model, scheme=scheme, on_event=Progress(), **settings)
     if format is None and job.chooser is not None:
         format = "auto_round"  # noqa: A001 - bits are those of a file
     if format is not None:
