@@ -166,27 +166,30 @@ def test_quantized_activations_count(model, rows, oracle) -> None:
         assert named["weights"][3] == 0
         assert named["both"][3] > 0
         assert named["both"][0] == pytest.approx(named["weights"][0], rel=1e-5)
-    # the last layer of the last block by hand: its input's error meets its input's gradient
-    layer = task.blocks[1].module.mlp.down_proj
-    seen = {}
+    # by hand: one layer alone, and two that are given the same
+    last = task.blocks[1].module.mlp
+    for names in (("down_proj",), ("gate_proj", "up_proj")):
+        seen = []
 
-    def hook(module, args):
-        x = args[0].detach().requires_grad_()
-        seen["x"] = x
-        return (x,)
+        def hook(module, args, seen=seen):
+            x = seen[0] if seen else args[0].detach().requires_grad_()
+            seen.append(x)
+            return (x,)
 
-    total = 0.0
-    handle = layer.register_forward_pre_hook(hook)
-    for number, row in enumerate(task.rows):
-        logits = made(row[None]).logits[0]
-        labels = draws(task, logits.detach(), number)
-        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-        x = seen["x"]
-        error = fake_quant_activation(x.detach(), both.activation) - x.detach()
-        total += float((x.grad * error).square().sum())
-    handle.remove()
-    name = f"{task.blocks[1].name}.mlp.down_proj"
-    assert values[name]["both"][3] == pytest.approx(total, rel=1e-3)
+        total = 0.0
+        handles = [getattr(last, n).register_forward_pre_hook(hook) for n in names]
+        for number, row in enumerate(task.rows):
+            seen.clear()
+            logits = made(row[None]).logits[0]
+            labels = draws(task, logits.detach(), number)
+            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            x = seen[0]
+            error = fake_quant_activation(x.detach(), both.activation) - x.detach()
+            total += float((x.grad * error).square().sum())
+        for handle in handles:
+            handle.remove()
+        found = [values[f"{task.blocks[1].name}.mlp.{n}"]["both"][3] for n in names]
+        assert sum(found) == pytest.approx(total, rel=1e-3)
 
 
 def test_static_ranges_are_the_largest_of_a_fused_group() -> None:

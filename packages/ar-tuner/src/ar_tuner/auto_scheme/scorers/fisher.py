@@ -12,7 +12,7 @@ number per batch. `blended` moves the first towards the second as far as their d
 the noise (empirical Bayes, Efron and Morris 1973, on logarithms).
 
 Activations that an option quantizes add 1/2 E[sum of (h_ti d_ti)^2] with the gradient h and the
-error d of each element of the layer's input.
+error d of each element of what the layers are given; layers that are given the same share it out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ar_schemes import Scheme
     from ar_tuner.auto_scheme.candidates import Candidate
     from ar_tuner.auto_scheme.scorers.base import Scores, ScoreTask, Values
     from ar_tuner.blocks import WeightRef
@@ -100,6 +99,7 @@ class _FisherListener(Listener):
         self._products: dict[Key, Tensor] = {}
         self._activations: dict[Key, Tensor] = {}
         self._ranges: dict[Key, Tensor] = {}
+        self._felt_by: list[list[tuple[str, Tensor, Tensor]]] = [[] for _ in task.blocks]
         self._finished = 0
         self.out: dict[str, Values] = {}
         self._refs = [self._missing_in(index) for index in range(len(task.blocks))]
@@ -144,7 +144,7 @@ class _FisherListener(Listener):
                 options = self._task.missing(ref.layer)
                 if any(which.activation is not None for which in options.values()):
                     module = block.get_submodule(ref.parameter.rpartition(".")[0])
-                    hook = self._input_hook(ref.layer, options)
+                    hook = self._input_hook(index, ref.layer)
                     stack.callback(module.register_forward_pre_hook(hook).remove)
             yield
 
@@ -178,6 +178,7 @@ class _FisherListener(Listener):
             if ref.parameter in gradients:
                 weight = ref.view(block.get_parameter(ref.parameter).detach()).float()
                 self._meet(ref.layer, number, ref.view(gradients[ref.parameter]), weight)
+        self._meet_inputs(index)
 
     def sent(self, number: int) -> None:
         """Take the gradients of weights outside the blocks, wherever they came from."""
@@ -223,29 +224,43 @@ class _FisherListener(Listener):
         self._task.save(layer, self.out[layer])
 
     def _input_hook(
-        self, layer: str, options: Mapping[str, Scheme]
+        self, index: int, layer: str
     ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        specs = {o: s.activation for o, s in options.items() if s.activation is not None}
-
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
             x = args[0]
             # a node of its own: siblings are given the same tensor
             mine = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-
-            def meet(gradient: Tensor) -> None:
-                for option, spec in specs.items():
-                    key = (layer, option)
-                    error = (
-                        fake_quant_activation(x.detach(), spec, static=self._ranges.get(key))
-                        - x.detach().float()
-                    )
-                    moved = (gradient.float() * error).square().sum()
-                    self._activations[key] = self._activations.get(key, 0.0) + moved
-
-            mine.register_hook(meet)
+            mine.register_hook(lambda g: self._felt_by[index].append((layer, x, g.detach())))
             return (mine, *args[1:])
 
         return hook
+
+    def _meet_inputs(self, index: int) -> None:
+        """Let the gradients of inputs meet the errors of activations.
+
+        Layers that are given the same tensor have one error, which meets the sum of their
+        gradients; each is charged its share of that, as its own gradient is large.
+        """
+        together: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
+        for layer, x, gradient in self._felt_by[index]:
+            together.setdefault(id(x), []).append((layer, x, gradient.float()))
+        self._felt_by[index] = []
+        for group in together.values():
+            first, x = group[0][0], group[0][1].detach()
+            whole = torch.stack([gradient for _, _, gradient in group]).sum(0).square()
+            for option, which in self._task.missing(first).items():
+                if which.activation is None:
+                    continue
+                static = self._ranges.get((first, option))
+                fake = fake_quant_activation(x, which.activation, static=static)
+                error = (fake - x.float()).square()
+                own = {la: (g.square() * error).sum() for la, _, g in group}
+                total, shares = (whole * error).sum(), torch.stack(list(own.values())).sum()
+                for layer, mine in own.items():
+                    if option in self._task.missing(layer):
+                        moved = total * mine / shares.clamp_min(TINY)
+                        key = (layer, option)
+                        self._activations[key] = self._activations.get(key, 0.0) + moved
 
 
 def _relative_variance(samples: Tensor) -> float:
