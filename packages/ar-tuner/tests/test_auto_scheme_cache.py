@@ -28,7 +28,10 @@ def test_measurements_are_kept_beside_values(tmp_path) -> None:
     cache = ScoreCache(path, KEY)
     cache.save_measured([(("x", "y"), NAMED["a"], 0.25)])
     cache.save("layer", {"a": (1.0,)}, NAMED)
+    assert cache.noise is None
+    cache.noise = 0.5
     again = ScoreCache(path, KEY)
+    assert again.noise == 0.5
     assert again.measured(("x", "y"), NAMED["a"]) == 0.25
     assert again.measured(("x",), NAMED["a"]) is None
     assert again.measured(("x", "y"), NAMED["b"]) is None

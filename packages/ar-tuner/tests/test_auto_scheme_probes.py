@@ -8,7 +8,7 @@ import torch
 
 from ar_kernels.numerics.activation import fake_quant_activation
 from ar_schemes import scheme
-from ar_tuner.auto_scheme.probes import ROWS, Probe, chosen, factors, measured
+from ar_tuner.auto_scheme.probes import ROWS, Probe, chosen, factors, measured, measured_noise
 from ar_tuner.auto_scheme.space import Unit
 
 
@@ -48,6 +48,23 @@ def test_a_probe_is_the_divergence_of_the_model_with_the_unit_changed(model, row
     assert found[2].measured > 0
     assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
     assert found[0].to_dict()["measured_loss"] == found[0].measured
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_is_what_the_smallest_change_causes_and_is_taken_off(
+    dtype, model, rows, oracle
+) -> None:
+    made = model().to(dtype)
+    task = oracle.task(made, rows)
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    noise = measured_noise(task)
+    assert noise == measured_noise(task)
+    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
+    assert (noise < 1e-9) is (dtype is torch.float32)
+    probe = Probe(Unit(("model.layers.0.mlp.down_proj",), ()), "W2A16G32", 1.0)
+    (plain,) = measured(task, [probe], lambda done, total: None)
+    (clean,) = measured(task, [probe], lambda done, total: None, noise=noise)
+    assert clean.measured == max(0.0, plain.measured - noise)
 
 
 def test_only_the_first_rows_are_measured(model, rows, oracle) -> None:

@@ -20,6 +20,9 @@ VERSION = 1
 """Version of the file; another one is not read."""
 
 
+_NOISE = "noise"
+
+
 class ScoreCache:
     """The values a scorer has found, under a key that says of what; written whole or not at all.
 
@@ -49,6 +52,16 @@ class ScoreCache:
         """Add the values of a layer."""
         here = self._values.setdefault(layer, {})
         here |= {_id(named[option]): list(value) for option, value in values.items()}
+        self._write()
+
+    @property
+    def noise(self) -> float | None:
+        """What was measured where next to nothing was changed, or None."""
+        return self._measured.get(_NOISE)
+
+    @noise.setter
+    def noise(self, value: float) -> None:
+        self._measured[_NOISE] = value
         self._write()
 
     def measured(self, layers: Sequence[str], which: Scheme) -> float | None:

@@ -23,7 +23,7 @@ from ar_tuner.auto_scheme.objective import (
     loss_of,
     solved,
 )
-from ar_tuner.auto_scheme.probes import FLOOR, factors, measured
+from ar_tuner.auto_scheme.probes import CLEAR, factors, measured, measured_noise
 from ar_tuner.auto_scheme.probes import chosen as chosen_probes
 from ar_tuner.auto_scheme.scorers.base import ScoreTask
 from ar_tuner.auto_scheme.space import find_space
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from ar_tuner.events import RunEvent
 
 _RETRIES = 8
+_VERSION = 1
+"""Of what scores and measurements mean; raised when they come to mean something else."""
 
 
 @dataclass(frozen=True)
@@ -206,12 +208,14 @@ class Chooser:
     def _probed(self, space: Space, task: ScoreTask, losses: Scores) -> tuple[Probe, ...]:
         """Return predictions beside measurements; what the cache has is not measured again."""
         assert self._cache is not None
-        dtype = next(task.model.parameters()).dtype
         cache, options = self._cache, space.options
-        probes = chosen_probes(space.units, losses, floor=FLOOR.get(dtype, 0.0))
+        noise = cache.noise
+        if noise is None:
+            noise = cache.noise = measured_noise(task)
+        probes = chosen_probes(space.units, losses, floor=CLEAR * noise)
         new = [p for p in probes if cache.measured(p.unit.layers, options[p.option]) is None]
         if new:
-            done = measured(task, new, self._reporter("probing"))
+            done = measured(task, new, self._reporter("probing"), noise=noise)
             cache.save_measured((p.unit.layers, options[p.option], p.measured) for p in done)
         return tuple(
             dataclasses.replace(p, measured=cache.measured(p.unit.layers, options[p.option]) or 0.0)
@@ -227,6 +231,7 @@ class Chooser:
             "batch_size": asked.number("batch_size"),
             "seed": asked.seed,
             "torch": torch.__version__.split("+")[0],
+            "ar": _VERSION,
         }
         return ScoreCache(_cache_path(asked, key), key)
 
