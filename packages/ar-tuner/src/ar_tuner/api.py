@@ -22,7 +22,6 @@ from ar_tuner.devices import CPU, Machine, default, parse, place
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers
 from ar_tuner.plans import check_computable, with_scale_dtype
-from ar_tuner.refine import Rows
 from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format, stage
 from ar_tuner.residence import Kept
 from ar_tuner.settings import make_settings
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from ar_tuner.compiling import Forward
     from ar_tuner.devices import Placement
     from ar_tuner.events import RunEvent
+    from ar_tuner.refine import Rows
     from ar_tuner.residence import Residence
     from ar_tuner.settings import Settings
     from ar_tuner.streaming import Blueprint
@@ -125,10 +125,8 @@ class AutoRound:
 
     def plans(self) -> tuple[LayerPlan, ...]:
         """Return the plan of each target of an `AutoScheme`, from one scoring."""
-        if self.chooser is None:
-            return (self.plan(),)
         self.prepare()
-        return self.chooser.plans
+        return (self.plan(),) if self.chooser is None else self.chooser.plans
 
     def front(self) -> dict[str, Any]:
         """Return what an `AutoScheme` chose, the front it chose from and what was measured.
@@ -235,8 +233,8 @@ class AutoRound:
                     settings = dataclasses.replace(settings, low_cpu_mem_usage=False)
                 blocks = discovery.blocks
                 model, residence = open_directory(found, blocks, placement, settings, adapter)
-                if tokenizer is None:
-                    tokenizer = load_tokenizer(found.path, self.settings.trust_remote_code)
+                trust = self.settings.trust_remote_code
+                tokenizer = tokenizer or load_tokenizer(found.path, trust)
             model.eval().requires_grad_(requires_grad=False)
             self._prepared = self._plan_for(model, tokenizer, residence)
         return self._prepared
@@ -244,11 +242,10 @@ class AutoRound:
     def blueprint(self) -> Blueprint:
         """Return the model of a directory before its weights are read."""
         if self._blueprint is None:
-            from ar_tuner.opening import make_blueprint
+            from ar_tuner.opening import make_blueprint as make
 
             assert self.source is not None
-            trust = self.settings.trust_remote_code
-            self._blueprint = make_blueprint(self.source, trust_remote_code=trust)
+            self._blueprint = make(self.source, trust_remote_code=self.settings.trust_remote_code)
         return self._blueprint
 
     def algorithm(self) -> Algorithm:
@@ -292,8 +289,7 @@ class AutoRound:
 
     def _plan_for(self, model: nn.Module, tokenizer: Any, residence: Residence) -> Prepared:
         adapter, discovery, layers, plan = self._describe(model)
-        chooser = self.chooser
-        if chooser is not None:
+        if (chooser := self.chooser) is not None:
             subject = Subject(
                 model,
                 adapter,
@@ -375,8 +371,8 @@ class AutoRound:
         check_dataset(self.dataset, nsamples=nsamples, allow_download=self.settings.allow_download)
 
     def _check_options(self) -> None:
-        given = [n for n in ("bits", "group_size", "sym") if getattr(self.settings, n) is not None]
-        if given:
+        own = ("bits", "group_size", "sym")
+        if given := [n for n in own if getattr(self.settings, n) is not None]:
             msg = (
                 f"{', '.join(given)} belong to one scheme, and an AutoScheme has several: give its "
                 "options these numbers, such as W4A16G64 or {'bits': 4, 'sym': False}"
