@@ -125,8 +125,8 @@ class AutoRound:
 
     def plans(self) -> tuple[LayerPlan, ...]:
         """Return the plan of each target of an `AutoScheme`, from one scoring."""
-        self.prepare()
-        return (self.plan(),) if self.chooser is None else self.chooser.plans
+        plan = self.plan()
+        return (plan,) if self.chooser is None else self.chooser.plans
 
     def front(self) -> dict[str, Any]:
         """Return what an `AutoScheme` chose, the front it chose from and what was measured.
