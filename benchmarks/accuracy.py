@@ -165,10 +165,14 @@ def _measure(  # noqa: PLR0913
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         return found | {"failed": lines[-1][:160] if lines else f"exit code {done.returncode}"}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found | result | _score(args, out)
+    return found | result | score(args, out)
 
 
-def _score(args: argparse.Namespace, out: Path) -> dict[str, float]:
+def score(args: argparse.Namespace, out: Path) -> dict[str, float]:
+    """Return KL, perplexity, top-1 agreement and weight bytes of a checkpoint.
+
+    `args` names the float model, the text and the length of a window.
+    """
     candidate = next(out.rglob("config.json")).parent  # the reference adds a folder for some
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -106,6 +106,14 @@ def test_hook_ar_register_datasets(report) -> None:
     assert report["ar_register_datasets"] == ["train text"]
 
 
+def test_hook_ar_register_scorers(report) -> None:
+    assert report["ar_register_scorers"] == "every_scorer"
+
+
+def test_hook_ar_measure_plan(report) -> None:
+    assert report["ar_measure_plan"] == len("plan") + 1
+
+
 def test_hook_ar_find_adapter(report) -> None:
     assert report["ar_find_adapter"] == "every-config"
 

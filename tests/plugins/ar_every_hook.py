@@ -80,6 +80,28 @@ def ar_register_algorithms():
 
 
 @tuner_impl
+def ar_register_scorers():
+    class EveryScorer:
+        name = "every_scorer"
+        calibrated = False
+
+        def values(self, task):
+            return {n: {o: (1.0,) for o in task.open_to[n]} for n in task.layers}
+
+        def scores(self, values, tokens):
+            return {(n, o): 1.0 / len(o) for n, named in values.items() for o in named}
+
+    return [EveryScorer()]
+
+
+@tuner_impl
+def ar_measure_plan(format, plan, config, floats):
+    from ar_schemes import PlanSize
+
+    return PlanSize({"layer": len(plan)}, len(floats)) if format == "every" else None
+
+
+@tuner_impl
 def ar_register_datasets():
     from ar_tuner.calibration.sources import EmbeddedTexts
 
@@ -177,6 +199,8 @@ def report() -> dict[str, object]:
         "ar_open_sink": tuner.open_sink(types.SimpleNamespace(format="every")),
         "ar_scheme_for_format": tuner.scheme_for_format("every"),
         "ar_adjust_plan": tuner.adjust_plan("every", "plan", "for"),
+        "ar_register_scorers": tuner.scorer("every_scorer").name,
+        "ar_measure_plan": tuner.measure_plan("every", "plan", {}, {"a": ((1,), "int8")}).total,
         "ar_register_formats": ar_export.format("every:other").name,
         "ar_register_commands": ar_cli.registry.command("every").name,
         "heard": HEARD,

@@ -249,3 +249,79 @@ def test_an_unknown_algorithm_is_refused_with_those_there_are(tmp_path, capsys) 
     assert "unknown algorithm 'nosuch'" in said
     assert "signround" in said
     assert list(tmp_path.iterdir()) == []
+
+
+AUTO = ("--options", "W2A16,W4A16,W8A16", "--score-samples", 2)
+
+
+@pytest.fixture
+def scores(tmp_path, monkeypatch) -> Path:
+    """Where scores are kept: not in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("AR_AUTO_SCHEME_SEQLEN", "32")
+    return tmp_path / "cache" / "ar" / "scores"
+
+
+def test_plan_chooses_and_shows_the_front(scores, tmp_path) -> None:
+    files = ("--save-plan", tmp_path / "plan.json", "--save-front", tmp_path / "front.json")
+    done = ar("plan", DEMO, "--avg-bits", 3, *AUTO, *files)
+    assert done.exit_code == 0, done.output
+    assert "auto_scheme" in done.stdout
+    assert "predicted loss" in done.stdout
+    assert "chosen" in done.stdout
+    assert "scoring" in done.stderr
+    assert len(list(scores.glob("*.json"))) == 1
+    front = json.loads((tmp_path / "front.json").read_text())
+    facts = json.loads(ar("plan", DEMO, "--target-bits", 3, *AUTO, "--json").stdout)
+    assert facts["choices"] == front["choices"]
+    assert front["choices"][0]["bits"] <= 3
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    again = json.loads(ar("plan", DEMO, "--json", "--layer-config", tmp_path / "plan.json").stdout)
+    assert {r["name"]: r["scheme"] for r in again["layers"] if r["name"] in saved} == saved
+
+
+def test_quantize_meets_a_size(scores, tmp_path) -> None:
+    source = sum(f.stat().st_size for f in DEMO.glob("*.safetensors"))
+    target = f"{source * 0.6 / 1e6:.3f}MB"
+    done = ar("quantize", DEMO, "--target-size", target, *AUTO, "--recipe", "rtn",
+              "--shared-layers", "q_proj,k_proj", "--json", "-o", tmp_path / "out")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["verified"] is True
+    assert 0.5 * source < facts["bytes"] <= 0.6 * source
+    assert "x W" in facts["scheme"]
+    assert "chosen:" in done.stderr
+    front = json.loads((tmp_path / "out.run" / "front.json").read_text())
+    picks = front["choices"][0]["layers"]
+    assert picks["model.layers.0.self_attn.q_proj"] == picks["model.layers.0.self_attn.k_proj"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (("--options", "W4A16"), "--options needs --avg-bits or --target-size"),
+        (("--avg-bits", 3), "need --options"),
+        (("--avg-bits", 3, "--scheme", "W4A16", *AUTO), "--scheme is one scheme for all"),
+        (("--avg-bits", 3, "--target-size", "1GB", *AUTO), "not both"),
+        (("--avg-bits", 1, *AUTO), "less than the options allow"),
+        (("--avg-bits", 3, *AUTO, "--score-method", "guess"), "unknown method 'guess'"),
+        (("--avg-bits", 3, *AUTO, "--bits", 4), "bits belong to one scheme"),
+    ],
+)
+def test_a_mixed_precision_that_cannot_be_is_refused(typed, said, scores, capsys) -> None:
+    status = run_main(["plan", str(DEMO), *map(str, typed)])
+    assert status == 2
+    assert said in capsys.readouterr().err
+    assert not scores.exists()
+
+
+def test_layers_can_be_told_not_to_share(scores) -> None:
+    done = ar("plan", DEMO, "--avg-bits", 3, *AUTO, "--shared-layers", "none", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["choices"][0]["bits"] <= 3
+
+
+def test_the_demo_takes_one_scheme(tmp_path) -> None:
+    done = ar("quantize", "--demo", "--avg-bits", 3, *AUTO, "-o", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "--demo takes one --scheme" in done.output

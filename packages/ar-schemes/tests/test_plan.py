@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from ar_schemes import LayerInfo, LayerRules, Scheme, SchemeError, make_plan, matches, scheme
+from ar_schemes import (
+    LayerInfo,
+    LayerRules,
+    Scheme,
+    SchemeError,
+    make_plan,
+    matches,
+    scheme,
+    settled,
+)
 
 BLOCK = "model.layers.0"
 
@@ -216,3 +225,13 @@ def test_experts_count_as_many_times_as_there_are() -> None:
 
 def test_a_plan_without_blocks_is_all_16_bit() -> None:
     assert make_plan((), LayerRules(scheme("W4A16"))).bits_per_weight == 16.0
+
+
+def test_settled_rules_mean_the_same_under_any_scheme() -> None:
+    given = {"q_proj": 8, "down": {"bits": 3}, "head": "W8A16", "x": scheme("W2A16")}
+    rules = settled(LayerRules(scheme("MXFP4"), layer_config=given), scheme("W4A16G64"))
+    names = [s.name for s in rules.layer_config.values()]
+    assert names == ["W8A16G64", "W3A16G64", "W8A16", "W2A16"]
+    assert rules.scheme == scheme("MXFP4")
+    with pytest.raises(SchemeError, match="layer_config 'q'"):
+        settled(LayerRules(scheme("W4A16"), layer_config={"q": {"bit": 3}}), scheme("W4A16"))

@@ -9,8 +9,13 @@ import pluggy
 import pytest
 import torch
 
-from ar_schemes import PluginHost
+from ar_kernels import data_type
+from ar_schemes import PluginHost, scheme
 from ar_tuner import builtin, hookspecs, registry
+from ar_tuner.adapters import GenericAdapter
+from ar_tuner.auto_scheme.candidates import Inputs, Maker
+from ar_tuner.auto_scheme.scorers import ScoreTask
+from ar_tuner.blocks import find_blocks, layers_of, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -166,3 +171,57 @@ class Words:
 def words() -> type[Words]:
     """Make a tokenizer of words."""
     return Words
+
+
+class Oracle:
+    """What a scorer is given, and slow ways to what it should find."""
+
+    OPTIONS = ("W2A16G32", "W4A16G32")
+
+    def task(self, model: Any, rows: torch.Tensor, options: Any = None, **changes: Any) -> Any:
+        """Return the task of a model: the linear layers of its blocks and those in `ends`."""
+        adapter = GenericAdapter()
+        discovery = find_blocks(model, adapter)
+        ends = changes.pop("ends", ())
+        layers = {
+            la.name: la
+            for la in layers_of(model, discovery, adapter)
+            if (la.block is not None and la.role == "linear") or la.name in ends
+        }
+        return ScoreTask(
+            **{
+                "model": model,
+                "adapter": adapter,
+                "blocks": discovery.blocks,
+                "layers": layers,
+                "open_to": dict.fromkeys(layers, options or {n: scheme(n) for n in self.OPTIONS}),
+                "rows": rows,
+                "batch_size": 1,
+                "seed": 3,
+                "by_block": True,
+                "maker": Maker(),
+            }
+            | changes
+        )
+
+    def energies(self, task: Any) -> dict[str, Any]:
+        """Return the mean squares of all inputs."""
+        inputs = Inputs()
+        for block in task.blocks:
+            refs = weights_of(block, list(task.layers))
+            with inputs.gathered(block.module, refs), torch.no_grad():
+                for row in task.rows:
+                    task.model(row[None])
+        return {layer: inputs.energy(layer) for layer in inputs.squares}
+
+    def left(self, weight: torch.Tensor, which: Any, energy: Any) -> torch.Tensor:
+        """Return what an option leaves of a weight."""
+        kind = data_type(which.weight.data_type)
+        params = kind.search(weight, which.weight, importance=energy)
+        return kind.fake_quant(weight, which.weight, params)
+
+
+@pytest.fixture
+def oracle() -> Oracle:
+    """Make tasks and what they should give."""
+    return Oracle()

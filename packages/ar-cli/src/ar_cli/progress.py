@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 from ar_cli.output import duration, size
 
 if TYPE_CHECKING:
-    from ar_tuner.events import BlockProgress, RunEvent, StageDone, StageProgress
+    from ar_tuner.events import BlockProgress, RunEvent, ScoringProgress, StageDone, StageProgress
 
 
 class Progress:
@@ -34,6 +34,9 @@ class Progress:
             return
         if isinstance(event, events.StageStarted):
             self._mark = (time.perf_counter(), 0)
+        if isinstance(event, events.ScoringProgress) and self._live:
+            self._show(_scoring(event))
+            return
         line = describe(event)
         if line is not None:
             self._clear()
@@ -81,6 +84,14 @@ def describe(event: RunEvent) -> str | None:
         return f"{'warning: ' if event.level == 'warning' else ''}{event.text}"
     if isinstance(event, events.CalibrationReady):
         return f"calibration: {event.rows} rows, {event.tokens} tokens"
+    if isinstance(event, events.ScoringProgress):
+        return _scoring(event)
+    if isinstance(event, events.SchemeChosen):
+        layers = ", ".join(f"{n} x {name}" for name, n in sorted(event.layers.items()))
+        return (
+            f"chosen: {layers}; {event.bits:.3f} bits, {size(event.bytes)}, "
+            f"predicted loss {event.predicted_loss:.4g}  {duration(event.seconds)}"
+        )
     if isinstance(event, events.RunStarted):
         resumed = f", {event.resumed_blocks} already done" if event.resumed_blocks else ""
         where = f"; log and finished blocks in {event.run_dir}" if event.run_dir else ""
@@ -105,3 +116,8 @@ def describe(event: RunEvent) -> str | None:
 def _what(event: StageProgress | StageDone) -> str:
     """Return what a stage measures."""
     return "KL" if event.name == "distill" else "loss"
+
+
+def _scoring(event: ScoringProgress) -> str:
+    left = "" if not event.eta_seconds else f"  about {duration(event.eta_seconds)} left"
+    return f"{event.stage} {event.done}/{event.total}  peak {size(event.peak_bytes)}{left}"

@@ -15,13 +15,13 @@ from ar_export.formats.base import (
     AddsToConfig,
     AdjustsPlan,
     Container,
-    HoldsEmbeddings,
     ImpliesScheme,
     NamesConfigs,
     Request,
     SetsDtype,
 )
 from ar_export.formats.dtypes import config_dtype
+from ar_export.measure import plan_size, refusal
 from ar_export.reader import format_of
 from ar_export.registry import formats
 from ar_export.side import copy_side_files, write_configs
@@ -29,7 +29,7 @@ from ar_export.source import open_source
 from ar_export.writer import ShardWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ar_export.formats.base import Format, Sink
     from ar_export.source import DequantizedSource
     from ar_kernels import QuantizedWeight
-    from ar_schemes import LayerPlan
+    from ar_schemes import LayerPlan, PlanSize
 
 tuner_hook = pluggy.HookimplMarker("ar_tuner")
 
@@ -105,6 +105,24 @@ def ar_adjust_plan(format: str, plan: LayerPlan, config: Any) -> LayerPlan | Non
     return None
 
 
+@tuner_hook
+def ar_measure_plan(
+    format: str,  # noqa: A002 - the user's word
+    plan: LayerPlan,
+    config: Any,
+    floats: Mapping[str, tuple[tuple[int, ...], str]],
+) -> PlanSize | None:
+    """Return what a plan takes in the files of one of our formats, or None.
+
+    Raises:
+        ExportError: the plan as a whole cannot be written so.
+    """
+    for found in formats().values():
+        if format in found.spellings:
+            return plan_size(found, format, plan, config, floats)
+    return None
+
+
 def check_plan(found: Format, request: Request) -> None:
     """Refuse a plan that the format cannot carry, all layers in one message.
 
@@ -113,9 +131,7 @@ def check_plan(found: Format, request: Request) -> None:
     """
     bad: dict[str, list[str]] = {}
     for row in request.plan.quantized:
-        why = found.refuses(request.format, row.scheme, row.layer.rows, row.layer.columns)
-        if why is None and row.layer.role == "embedding" and not isinstance(found, HoldsEmbeddings):
-            why = f"{found.name} cannot hold a quantized embedding"
+        why = refusal(found, request.format, row)
         if why is not None:
             bad.setdefault(why, []).append(row.layer.name)
     if bad:

@@ -5,10 +5,11 @@ Torch is never imported here: a scheme is data.
 
 from ar_schemes.errors import ArError, PluginError, SchemeError, unknown_name
 from ar_schemes.hookspecs import hookimpl
-from ar_schemes.plan import LayerInfo, LayerPlan, LayerRules, PlanRow, make_plan, matches
+from ar_schemes.plan import LayerInfo, LayerPlan, LayerRules, PlanRow, make_plan, matches, settled
 from ar_schemes.plugins import HOSTS, PluginHost, PluginRecord, Registry
 from ar_schemes.registry import host, scheme, schemes
 from ar_schemes.scheme import FIELDS, Scheme, describe, scheme_from_dict
+from ar_schemes.size import PlanSize
 from ar_schemes.spec import Granularity, Span, SuperGroup, TensorSpec
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "LayerPlan",
     "LayerRules",
     "PlanRow",
+    "PlanSize",
     "PluginError",
     "PluginHost",
     "PluginRecord",
@@ -39,5 +41,6 @@ __all__ = [
     "scheme",
     "scheme_from_dict",
     "schemes",
+    "settled",
     "unknown_name",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ar_schemes.errors import SchemeError
@@ -131,6 +131,19 @@ class LayerPlan:
     def fallbacks(self) -> tuple[PlanRow, ...]:
         """Layers in blocks that stay in 16 bit."""
         return tuple(r for r in self.rows if r.layer.block is not None and not r.quantized)
+
+
+def settled(rules: LayerRules, default: Scheme) -> LayerRules:
+    """Return the rules with every entry of `layer_config` a whole scheme.
+
+    Entries that name only some numbers are completed by `default`, so that the rules mean the same
+    whatever their own scheme becomes.
+
+    Raises:
+        SchemeError: an entry names no possible scheme.
+    """
+    whole = {p: _from_rule(p, rule, default) for p, rule in rules.layer_config.items()}
+    return replace(rules, layer_config=whole)
 
 
 def make_plan(layers: Iterable[LayerInfo], rules: LayerRules) -> LayerPlan:

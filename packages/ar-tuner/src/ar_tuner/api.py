@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 from ar_schemes import LayerPlan, LayerRules, make_plan, scheme
 from ar_tuner import events
 from ar_tuner.algorithms.opt_rtn import gains
+from ar_tuner.auto_scheme.choose import Chooser, Subject
+from ar_tuner.auto_scheme.front import plan_file, write_json
+from ar_tuner.auto_scheme.request import AutoScheme
+from ar_tuner.auto_scheme.rows import scoring_rows
+from ar_tuner.auto_scheme.terrain import Sizer, Terrain, float_facts, terrain
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.compiling import Compiled, plain, refusal
 from ar_tuner.devices import CPU, Machine, default, parse, place
 from ar_tuner.errors import TunerError
 from ar_tuner.names import strangers
-from ar_tuner.refine import Rows, share_out, wanted_rows
+from ar_tuner.plans import check_computable, with_scale_dtype
 from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format, stage
 from ar_tuner.residence import Kept
 from ar_tuner.settings import make_settings
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from ar_tuner.compiling import Forward
     from ar_tuner.devices import Placement
     from ar_tuner.events import RunEvent
+    from ar_tuner.refine import Rows
     from ar_tuner.residence import Residence
     from ar_tuner.settings import Settings
     from ar_tuner.streaming import Blueprint
@@ -61,7 +66,7 @@ class AutoRound:
         model: directory of a Transformers checkpoint, or a loaded model.
         tokenizer: for a loaded model whose calibration data is text.
         scheme: preset name (`W4A16`), flat dict or `Scheme`; None: what the format implies
-            (`gguf:q4_k_m`), else W4A16.
+            (`gguf:q4_k_m`), else W4A16. An `AutoScheme` chooses one for each layer.
         dataset: calibration data: None (an embedded text), a .txt/.json/.jsonl/.parquet file or a
             directory of them, named sets and combinations (`a.json:num=64,pile-10k`), a list of
             strings, records or token tensors, a DataLoader. See docs/calibration.md.
@@ -76,7 +81,7 @@ class AutoRound:
         self,
         model: str | Path | nn.Module,
         tokenizer: Any = None,
-        scheme: str | Scheme | Mapping[str, Any] | None = None,
+        scheme: str | Scheme | Mapping[str, Any] | AutoScheme | None = None,
         *,
         dataset: Any = None,
         on_event: Callable[[RunEvent], None] | None = None,
@@ -103,12 +108,54 @@ class AutoRound:
 
             self.source = check_source(self.source, allow_download=self.settings.allow_download)
             self.devices = default(machine) if self.devices.nothing else self.devices
+        self.chooser: Chooser | None = None
+        if isinstance(scheme, AutoScheme):
+            self._check_options()
+            self.chooser = Chooser(scheme, source=self.source, emit=self.emit)
 
     def plan(self) -> LayerPlan:
-        """Return what each layer would get; loads no weights when the model is a directory."""
-        if self._prepared is not None:
-            return self._prepared.plan
-        return self._describe(self.given if self.given is not None else self.blueprint().model)[2]
+        """Return what each layer would get.
+
+        Loads no weights when the model is a directory, but for an `AutoScheme`, which has to
+        look at them.
+        """
+        if self._prepared is None and self.chooser is not None:
+            return self.prepare().plan
+        return self.draft() if self._prepared is None else self._prepared.plan
+
+    def plans(self) -> tuple[LayerPlan, ...]:
+        """Return the plan of each target of an `AutoScheme`, from one scoring."""
+        plan = self.plan()
+        return (plan,) if self.chooser is None else self.chooser.plans
+
+    def front(self) -> dict[str, Any]:
+        """Return what an `AutoScheme` chose, the front it chose from and what was measured.
+
+        Raises:
+            TunerError: the scheme is no `AutoScheme`.
+        """
+        if self.chooser is None:
+            msg = f"scheme {self.scheme.name} is the same everywhere: there is no front"
+            raise TunerError(msg)
+        self.prepare()
+        return self.chooser.to_dict()
+
+    def save_plan(self, path: str | Path) -> None:
+        """Write the plan as a file that `layer_config` takes."""
+        write_json(Path(path), plan_file(self.plan()))
+
+    def save_front(self, path: str | Path) -> None:
+        """Write `front()` as a JSON file."""
+        write_json(Path(path), self.front())
+
+    def draft(self) -> LayerPlan:
+        """Return the plan as far as it is known without weights.
+
+        For an `AutoScheme` it is one in which every option occurs.
+        """
+        model = self.given if self.given is not None else self.blueprint().model
+        _, _, layers, plan = self._describe(model)
+        return plan if self.chooser is None else self.chooser.draft(self._terrain(model, layers))
 
     def write_as(self, format: str | Sequence[str]) -> tuple[str, ...]:  # noqa: A002
         """Make the plan one for these formats, and return them.
@@ -121,8 +168,8 @@ class AutoRound:
             self._formats = formats
             self.scheme = self._scheme()
             if self._prepared is not None:
-                plan = self._describe(self._prepared.model)[2]
-                self._prepared = dataclasses.replace(self._prepared, plan=plan)
+                known = self._prepared
+                self._prepared = self._plan_for(known.model, known.tokenizer, known.residence)
         return formats
 
     def quantize(self) -> tuple[nn.Module, LayerPlan]:
@@ -169,9 +216,10 @@ class AutoRound:
     def prepare(self) -> Prepared:
         """Return the loaded model with its plan; the plan is made before weights are read."""
         if self._prepared is None:
+            self.draft()
             model, tokenizer = self.given, self._tokenizer
             if model is not None:
-                adapter, discovery, plan = self._describe(model)
+                discovery = self._describe(model)[1]
                 placement = self._placement(discovery)
                 residence: Residence = Kept(model, discovery.blocks, placement)
             else:
@@ -179,25 +227,25 @@ class AutoRound:
                 from ar_tuner.opening import open_directory
 
                 found = self.blueprint()
-                adapter, discovery, _ = self._describe(found.model)
-                placement = self._placement(discovery)
+                adapter, discovery = self._describe(found.model)[:2]
+                placement, settings = self._placement(discovery), self.settings
+                if self.chooser is not None:  # it looks at all blocks before any is tuned
+                    settings = dataclasses.replace(settings, low_cpu_mem_usage=False)
                 blocks = discovery.blocks
-                model, residence = open_directory(found, blocks, placement, self.settings, adapter)
-                if tokenizer is None:
-                    tokenizer = load_tokenizer(found.path, self.settings.trust_remote_code)
-                adapter, discovery, plan = self._describe(model)
+                model, residence = open_directory(found, blocks, placement, settings, adapter)
+                trust = self.settings.trust_remote_code
+                tokenizer = tokenizer or load_tokenizer(found.path, trust)
             model.eval().requires_grad_(requires_grad=False)
-            self._prepared = Prepared(model, tokenizer, adapter, discovery, plan, residence)
+            self._prepared = self._plan_for(model, tokenizer, residence)
         return self._prepared
 
     def blueprint(self) -> Blueprint:
         """Return the model of a directory before its weights are read."""
         if self._blueprint is None:
-            from ar_tuner.opening import make_blueprint
+            from ar_tuner.opening import make_blueprint as make
 
             assert self.source is not None
-            trust = self.settings.trust_remote_code
-            self._blueprint = make_blueprint(self.source, trust_remote_code=trust)
+            self._blueprint = make(self.source, trust_remote_code=self.settings.trust_remote_code)
         return self._blueprint
 
     def algorithm(self) -> Algorithm:
@@ -229,35 +277,9 @@ class AutoRound:
 
     def calibration_rows(self, tokenizer: Any, model: nn.Module) -> Rows:
         """Return the calibration tokens by use, after telling what they are made of."""
-        from ar_tuner.calibration import calibration_rows, check_ids, check_seqlen
+        from ar_tuner.supply import rows_by_use
 
-        recipe = self.settings.chosen
-        numbers = None if recipe.stage is None else recipe.stage_settings(self.settings.seed)
-        began = time.perf_counter()
-        seqlen = check_seqlen(
-            recipe.seqlen, getattr(model, "config", None), asked=self.settings.seqlen is not None
-        )
-        rows, report = calibration_rows(
-            self.dataset,
-            tokenizer,
-            nsamples=recipe.nsamples if numbers is None else wanted_rows(recipe.nsamples, numbers),
-            seqlen=seqlen,
-            seed=self.settings.seed,
-            allow_download=self.settings.allow_download,
-        )
-        check_ids(rows, getattr(model, "config", None))
-        for note in dataclasses.replace(report, asked=min(recipe.nsamples, report.asked)).notes():
-            self.emit(note)
-        seconds = time.perf_counter() - began
-        self.emit(events.CalibrationReady(len(rows), rows.numel(), seconds, report.sources))
-        if numbers is None:
-            return Rows(rows)
-        shared = share_out(rows, report.documents, recipe.nsamples, numbers)
-        if shared is None:
-            few = f"{len(rows)} calibration rows are too few to hold any out"
-            text = f"{recipe.stage} is left out: {few}"
-            self.emit(events.Note("warning", text))
-        return Rows(rows[: recipe.nsamples]) if shared is None else shared
+        return rows_by_use(self, tokenizer, model)
 
     def emit(self, event: RunEvent) -> None:
         """Tell the listener and every plugin of an event."""
@@ -265,23 +287,55 @@ class AutoRound:
             self._listener(event)
         host().notify("ar_run_event", event=event)
 
-    def _describe(self, model: nn.Module) -> tuple[ModelAdapter, Discovery, LayerPlan]:
+    def _plan_for(self, model: nn.Module, tokenizer: Any, residence: Residence) -> Prepared:
+        adapter, discovery, layers, plan = self._describe(model)
+        if (chooser := self.chooser) is not None:
+            subject = Subject(
+                model,
+                adapter,
+                discovery.blocks,
+                lambda: scoring_rows(self, chooser, tokenizer, model),
+            )
+            plan = chooser.choose(self._terrain(model, layers), subject)
+            self.scheme = plan.default
+        return Prepared(model, tokenizer, adapter, discovery, plan, residence)
+
+    def _describe(
+        self, model: nn.Module
+    ) -> tuple[ModelAdapter, Discovery, list[LayerInfo], LayerPlan]:
         adapter = find_adapter(getattr(model, "config", None))
         discovery = find_blocks(model, adapter, paths=self.settings.block_paths)
-        rules = LayerRules(
+        layers = list(layers_of(model, discovery, adapter))
+        layers += self._strangers(layers)
+        return adapter, discovery, layers, self._resolved(model, layers, self._rules())
+
+    def _rules(self) -> LayerRules:
+        return LayerRules(
             scheme=self.scheme,
             layer_config=self.settings.layer_config,
             ignore_layers=self.settings.ignored,
             quant_lm_head=self.settings.quant_lm_head,
         )
-        layers = list(layers_of(model, discovery, adapter))
-        plan = make_plan([*layers, *self._strangers(layers)], rules)
+
+    def _resolved(
+        self, model: nn.Module, layers: Sequence[LayerInfo], rules: LayerRules
+    ) -> LayerPlan:
+        plan = make_plan(layers, rules)
         for name in self._formats:
             plan = adjust_plan(name, plan, self._config(model))
         shared = "float16" if len(self._formats) > 1 else None  # what every format can hold
         plan = with_scale_dtype(plan, self.settings.scale_dtype or shared)
-        _check_computable(plan)
-        return adapter, discovery, plan
+        check_computable(plan)
+        return plan
+
+    def _terrain(self, model: nn.Module, layers: Sequence[LayerInfo]) -> Terrain:
+        """Return what an `AutoScheme` chooses on."""
+        return terrain(
+            layers,
+            self._rules(),
+            resolve=lambda rules: self._resolved(model, layers, rules),
+            size=Sizer(self._formats, self._config(model), float_facts(model, self.source)),
+        )
 
     def _strangers(self, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
         if self.source is None:
@@ -316,8 +370,19 @@ class AutoRound:
         nsamples = recipe.nsamples if recipe.iters else None
         check_dataset(self.dataset, nsamples=nsamples, allow_download=self.settings.allow_download)
 
+    def _check_options(self) -> None:
+        own = ("bits", "group_size", "sym")
+        if given := [n for n in own if getattr(self.settings, n) is not None]:
+            msg = (
+                f"{', '.join(given)} belong to one scheme, and an AutoScheme has several: give its "
+                "options these numbers, such as W4A16G64 or {'bits': 4, 'sym': False}"
+            )
+            raise TunerError(msg)
+
     def _scheme(self) -> Scheme:
         which = self._asked
+        if isinstance(which, AutoScheme):  # until something is chosen
+            return next(iter(which.schemes.values()))
         if which is None:
             implied = {f: scheme_for_format(f) for f in self._formats}
             names = sorted({name for name in implied.values() if name is not None})
@@ -332,41 +397,3 @@ class AutoRound:
             "sym": self.settings.sym,
         }
         return scheme(which).with_overrides(overrides)
-
-
-def with_scale_dtype(plan: LayerPlan, dtype: str | None) -> LayerPlan:
-    """Return the plan with scales of integers stored in another type."""
-    if dtype is None:
-        return plan
-
-    def changed(which: Scheme) -> Scheme:
-        if which.weight is None or which.weight.data_type != "int":
-            return which
-        return dataclasses.replace(which, weight=which.weight.with_(scale_dtype=dtype))
-
-    rows = tuple(dataclasses.replace(row, scheme=changed(row.scheme)) for row in plan.rows)
-    return LayerPlan(rows=rows, default=changed(plan.default))
-
-
-def _check_computable(plan: LayerPlan) -> None:
-    from ar_kernels import data_types
-
-    if not plan.quantized:
-        msg = f"scheme {plan.default.name} quantizes no layer of this model: see `ar plan`"
-        raise TunerError(msg)
-    for row in plan.quantized:
-        spec = row.scheme.weight
-        assert spec is not None
-        kind = data_types().get(spec.data_type)
-        why: str | None = f"no installed package knows the data type {spec.data_type!r}"
-        why = why if kind is None else kind.refuses(spec)
-        act = row.scheme.activation
-        if why is None and act is not None:
-            other = data_types().get(act.data_type)
-            why = f"no installed package knows the activation data type {act.data_type!r}"
-            why = why if other is None else other.refuses(act)
-        if row.layer.copies > 1:
-            why = "it is one tensor of fused experts, and this version tunes linear layers only"
-        if why is not None:
-            msg = f"scheme {row.scheme.name} (layer {row.layer.name}) cannot be computed: {why}"
-            raise TunerError(msg)

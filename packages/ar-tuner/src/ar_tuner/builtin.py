@@ -8,6 +8,8 @@ from ar_tuner.algorithms.opt_rtn import OptRtn
 from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.algorithms.second_order import SecondOrder
 from ar_tuner.algorithms.signround import SignRound
+from ar_tuner.auto_scheme.scorers.delta_loss import DeltaLoss
+from ar_tuner.auto_scheme.scorers.fisher import Fisher
 from ar_tuner.calibration.hub import SETS
 from ar_tuner.calibration.sources import EmbeddedTexts
 from ar_tuner.distill import Distill
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ar_tuner.algorithms.base import Algorithm
+    from ar_tuner.auto_scheme.scorers import Scorer
     from ar_tuner.calibration.sources import DatasetSource
     from ar_tuner.source import Source
     from ar_tuner.stages import Stage
@@ -34,6 +37,12 @@ def ar_register_algorithms() -> list[Algorithm | Stage]:
 def ar_register_datasets() -> list[DatasetSource]:
     """Return the embedded calibration texts and the sets on hubs that have a name here."""
     return [EmbeddedTexts(), *SETS]
+
+
+@hookimpl
+def ar_register_scorers() -> list[Scorer]:
+    """Return the built-in scorers of mixed precisions."""
+    return [Fisher(), DeltaLoss()]
 
 
 @hookimpl

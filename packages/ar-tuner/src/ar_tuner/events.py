@@ -90,6 +90,39 @@ class BlockDone(Event):
 
 
 @dataclass(frozen=True)
+class ScoringProgress(Event):
+    """Layers are scored for a mixed precision, or some predictions measured (`probing`).
+
+    `eta_seconds` is None until it can be told.
+    """
+
+    kind: ClassVar[str] = "scoring_progress"
+    stage: Literal["scoring", "probing"]
+    done: int
+    total: int
+    seconds: float
+    peak_bytes: int
+    eta_seconds: float | None
+
+
+@dataclass(frozen=True)
+class SchemeChosen(Event):
+    """A mixed precision is decided.
+
+    `layers` counts layers by option; `predicted_loss` is a divergence in nats per token, before
+    any tuning.
+    """
+
+    kind: ClassVar[str] = "scheme_chosen"
+    target: float
+    bits: float
+    bytes: int
+    predicted_loss: float
+    layers: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StageStarted(Event):
     """A stage begins to refine the whole model."""
 
@@ -143,6 +176,8 @@ class RunFinished(Event):
 RunEvent: TypeAlias = (
     RunStarted
     | CalibrationReady
+    | ScoringProgress
+    | SchemeChosen
     | BlockStarted
     | BlockProgress
     | BlockDone

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from ar_schemes import LayerPlan
+    from ar_schemes import LayerPlan, PlanSize
     from ar_tuner.adapters import ModelAdapter
     from ar_tuner.algorithms.base import Algorithm
+    from ar_tuner.auto_scheme.scorers import Scorer
     from ar_tuner.calibration.sources import DatasetSource
     from ar_tuner.events import RunEvent
     from ar_tuner.sink import Sink, SinkRequest
@@ -37,6 +38,11 @@ def ar_register_datasets() -> Iterable[DatasetSource]:  # type: ignore[empty-bod
 
     A set on a hub needs no code: return an `ar_tuner.calibration.HubSet` that describes it.
     """
+
+
+@hookspec
+def ar_register_scorers() -> Iterable[Scorer]:  # type: ignore[empty-body]
+    """Return scorers: what the model would lose by each scheme of each layer (`AutoScheme`)."""
 
 
 @hookspec(firstresult=True)
@@ -75,6 +81,20 @@ def ar_adjust_plan(format: str, plan: LayerPlan, config: Any) -> LayerPlan | Non
     """Return the plan as a format wants it (a mix of types over the layers), or None.
 
     `config` is the model's configuration as plain values. First result wins.
+    """
+
+
+@hookspec(firstresult=True)
+def ar_measure_plan(
+    format: str,  # noqa: A002
+    plan: LayerPlan,
+    config: Any,
+    floats: Mapping[str, tuple[tuple[int, ...], str]],
+) -> PlanSize | None:
+    """Return what a plan takes in the weight files of a format, exact to the byte for its layers.
+
+    `config` is the model's configuration as plain values, `floats` shape and type (`bfloat16`) of
+    the tensors that the plan leaves as they are, by name. First result wins.
     """
 
 

@@ -12,7 +12,7 @@ from ar_tuner.algorithms.base import BlockResult
 from ar_tuner.blocks import Block, weight_of
 from ar_tuner.determinism import deterministic
 from ar_tuner.errors import TunerError
-from ar_tuner.leftovers import install_outside, source_names, unreached, untouched
+from ar_tuner.leftovers import install_outside, keep_choice, source_names, unreached, untouched
 from ar_tuner.logits import tail_of
 from ar_tuner.pipeline import Job, needs_inputs, quantize_blocks, wants_float_inputs
 from ar_tuner.progress import Eta, peak_bytes
@@ -80,7 +80,7 @@ def quantize_to_directory(
 ) -> Written:
     """Quantize and write a checkpoint; see `AutoRound.quantize_and_save`."""
     began = time.perf_counter()
-    plan = request.plan()
+    plan = request.draft()
     _open_sinks(request, plan, output, formats, None).abort()  # refuse before work
     prepared = request.prepare()
     sink = _open_sinks(request, prepared.plan, output, formats, prepared)
@@ -101,6 +101,7 @@ def quantize_to_directory(
             resume=request.settings.resume,
         )
         with run:
+            keep_choice(request, run.directory)
             home = _home(prepared)
             job = _job(request, prepared, finished=_loader(run, home), rows=rows)
             outside = dict(unreached(prepared, job))

@@ -8,10 +8,12 @@ from ar_tuner.algorithms.base import Target
 from ar_tuner.algorithms.rtn import nearest
 from ar_tuner.blocks import WeightRef, is_linear, weight_of
 from ar_tuner.errors import TunerError
+from ar_tuner.events import Note
 from ar_tuner.pipeline import Job, install
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -69,3 +71,12 @@ def untouched(
     for key, tensor in prepared.model.state_dict().items():
         if key not in written and key not in tied:
             yield key, tensor.detach().cpu()
+
+
+def keep_choice(request: AutoRound, directory: Path) -> None:
+    """Write what an `AutoScheme` chose into a directory, and say so; do nothing without one."""
+    if request.chooser is not None:
+        request.save_plan(directory / "plan.json")
+        request.save_front(directory / "front.json")
+        text = f"chosen: {directory / 'plan.json'} (for layer_config), the others: front.json"
+        request.emit(Note("info", text))

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from ar_tuner.source import Source
 
 
+_TYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool", "U8": "uint8"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+}
+
+
 def source_files(directory: Path) -> dict[str, Path]:
     """Return the file of every tensor of a safetensors checkpoint, in file order.
 
@@ -99,6 +106,20 @@ def strangers(
                 keep="it is in the checkpoint but not in the model (copied as it is)",
             )
         )
+    return out
+
+
+def tensor_facts(files: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shape and type (`bfloat16`) of every tensor of a checkpoint, from its headers."""
+    by_file: dict[Path, list[str]] = {}
+    for key, path in files.items():
+        by_file.setdefault(path, []).append(key)
+    out = {}
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                part = file.get_slice(name)
+                out[name] = (tuple(part.get_shape()), _TYPES.get(part.get_dtype(), "uint8"))
     return out
 
 

@@ -9,6 +9,7 @@ from ar_schemes import PluginHost, Registry, unknown_name
 from ar_tuner import builtin, hookspecs
 from ar_tuner.adapters import GenericAdapter, ModelAdapter
 from ar_tuner.algorithms.base import Algorithm
+from ar_tuner.auto_scheme.scorers.base import Scorer
 from ar_tuner.calibration.sources import DatasetSource
 from ar_tuner.errors import TunerError
 from ar_tuner.stages import Stage
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ar_schemes import LayerPlan
+    from ar_schemes import LayerPlan, PlanSize
     from ar_tuner.sink import Sink, SinkRequest
     from ar_tuner.source import Source
 
@@ -32,6 +33,23 @@ def host() -> PluginHost:
 def _algorithms() -> Registry[Algorithm | Stage]:
     kinds = (Algorithm, Stage)
     return Registry(host(), "ar_register_algorithms", kind=kinds, name_of=lambda item: item.name)
+
+
+@functools.cache
+def _scorers() -> Registry[Scorer]:
+    return Registry(host(), "ar_register_scorers", kind=Scorer, name_of=lambda item: item.name)
+
+
+def scorer(name: str) -> Scorer:
+    """Return a scorer of mixed precisions by name.
+
+    Raises:
+        TunerError: no such scorer is installed.
+    """
+    found = _scorers().find(name)
+    if found is None:
+        raise TunerError(unknown_name("method", name, _scorers().all()))
+    return found
 
 
 @functools.cache
@@ -98,6 +116,19 @@ def adjust_plan(format: str, plan: LayerPlan, config: Any) -> LayerPlan:  # noqa
         "ar_adjust_plan", format=format, plan=plan, config=config
     )
     return plan if found is None else found
+
+
+def measure_plan(
+    format: str,  # noqa: A002
+    plan: LayerPlan,
+    config: Any,
+    floats: Mapping[str, tuple[tuple[int, ...], str]],
+) -> PlanSize | None:
+    """Return what a plan takes in a format, or None where no installed package can tell."""
+    found: PlanSize | None = host().first(
+        "ar_measure_plan", format=format, plan=plan, config=config, floats=floats
+    )
+    return found
 
 
 def open_sink(request: SinkRequest) -> Sink:

@@ -209,20 +209,7 @@ class Settings:
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` in bytes."""
-        text = str(self.max_shard_size).strip().upper()
-        unit = next((u for u in ("KIB", "MIB", "GIB", "KB", "MB", "GB") if text.endswith(u)), "")
-        number = text.removesuffix(unit).strip()
-        try:
-            size = int(float(number) * _SIZES.get(unit, 1))
-        except ValueError:
-            size = 0
-        if size < 1:
-            msg = (
-                f"max_shard_size {self.max_shard_size!r} is not allowed: "
-                "use a number of bytes or a size like 5GB, 500MB, 2GiB"
-            )
-            raise TunerError(msg)
-        return size
+        return bytes_of("max_shard_size", self.max_shard_size)
 
     def facts(self) -> dict[str, Any]:
         """Return what a checkpoint says of its making."""
@@ -238,6 +225,28 @@ class Settings:
             "lr": recipe.lr,
             "seed": self.seed,
         }
+
+
+def bytes_of(name: str, value: str | int) -> int:
+    """Return a size in bytes: a number, or text such as `5GB`, `500MB`, `2GiB`.
+
+    Raises:
+        TunerError: no size, or one below a byte; `name` says what it was for.
+    """
+    text = str(value).strip().upper()
+    unit = next((u for u in ("KIB", "MIB", "GIB", "KB", "MB", "GB") if text.endswith(u)), "")
+    number = text.removesuffix(unit).strip()
+    try:
+        size = int(float(number) * _SIZES.get(unit, 1))
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        msg = (
+            f"{name} {value!r} is not allowed: "
+            "use a number of bytes or a size like 5GB, 500MB, 2GiB"
+        )
+        raise TunerError(msg)
+    return size
 
 
 def _given(settings: Settings, name: str) -> bool:

@@ -136,9 +136,12 @@ def suspended(
     entry: nn.Module,
     blocks: Sequence[nn.Module],
     batches: Sequence[Mapping[str, object]],
+    *,
+    grad: bool = False,
 ) -> Iterator[list[Frame]]:
     """Yield one frame per batch, each standing before its first block.
 
+    `grad`: what the model computes between and behind the blocks can be differentiated.
     On leaving, frames are unwound and the blocks have their own forward again. Calls of blocks
     from other threads than the frames' run normally.
     """
@@ -156,7 +159,7 @@ def suspended(
 
     def runner(batch: Mapping[str, object]) -> Callable[[], object]:
         def run() -> object:
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad):
                 return entry(**batch)
 
         return run

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ar_cli.commands.auto import auto_options, auto_scheme, describe_choice
 from ar_cli.commands.options import check_scheme, plan_options, settings_from
 from ar_cli.commands.tuning import tuning_options
 from ar_cli.output import duration, json_option, print_json, print_table, size
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from ar_export import VerifyReport
     from ar_kernels import QuantizedWeight
+    from ar_tuner import AutoScheme
 
 
 @click.command()
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     help="One or several, separated by commas; see `ar formats`.",
 )
 @plan_options
+@auto_options
 @tuning_options
 @click.option("--nsamples", type=int, help="Calibration rows.")
 @click.option("--seqlen", type=int, help="Tokens per row.")
@@ -70,10 +73,14 @@ def quantize(  # noqa: PLR0913 - one parameter per group of options
     if (model is None) == (not demo):
         msg = "give either the directory of a model or --demo"
         raise click.UsageError(msg)
+    asked = auto_scheme(options, scheme)
     settings = settings_from(options)
     check_scheme(scheme, settings)
     hush()
     if demo:
+        if asked is not None:
+            msg = "--demo takes one --scheme, no --avg-bits or --target-size"
+            raise click.UsageError(msg)
         if "," in format:
             msg = "--demo takes one --format"
             raise click.UsageError(msg)
@@ -81,7 +88,8 @@ def quantize(  # noqa: PLR0913 - one parameter per group of options
 
         return run_demo(output, format, scheme, dataset, settings, as_json=as_json)
     assert model is not None
-    facts = quantize_one(model, output, format, scheme, dataset, settings, checked=not no_verify)
+    which = scheme if asked is None else asked
+    facts = quantize_one(model, output, format, which, dataset, settings, checked=not no_verify)
     if as_json:
         print_json(facts)
     else:
@@ -93,7 +101,7 @@ def quantize_one(  # noqa: PLR0913
     model: str,
     output: Path,
     format: str,  # noqa: A002
-    scheme: str | None,
+    scheme: str | AutoScheme | None,
     dataset: str | None,
     settings: dict[str, Any],
     *,
@@ -126,7 +134,7 @@ def quantize_one(  # noqa: PLR0913
     return {
         "output": str(path),
         "source": str(source),
-        "scheme": job.scheme.name,
+        "scheme": job.scheme.name if job.chooser is None else describe_choice(job),
         "format": format,
         "layers": len(job.plan().quantized),
         "bits_per_weight": round(finished.bits_per_weight, 4),

@@ -145,6 +145,16 @@ class HoldsEmbeddings(Protocol):
 
 
 @runtime_checkable
+class SizesFloats(Protocol):
+    """A format that stores what stays a float in other types than the model has it in."""
+
+    def float_bytes(
+        self, config: Mapping[str, Any], floats: Mapping[str, tuple[tuple[int, ...], str]]
+    ) -> int:
+        """Return the bytes of float tensors (shape and type by name) and of the file's header."""
+
+
+@runtime_checkable
 class SetsDtype(Protocol):
     """A format whose readers compute in one float type, which config.json then names."""
 

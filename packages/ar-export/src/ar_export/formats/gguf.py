@@ -104,6 +104,14 @@ class GgufFormat:
         """Return the only suffix."""
         return ("blocks",)
 
+    def float_bytes(
+        self, config: Mapping[str, Any], floats: Mapping[str, tuple[tuple[int, ...], str]]
+    ) -> int:
+        """Return the bytes of float tensors, of the tokenizer (an estimate) and of the header."""
+        from ar_export.gguf.sink import float_bytes
+
+        return float_bytes(config, floats)
+
     def open_sink(self, request: SinkRequest) -> GgufSink:
         """Return the sink that writes a file."""
         from ar_export.gguf.sink import GgufSink

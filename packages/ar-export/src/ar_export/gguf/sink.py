@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from ar_kernels import layout
 from ar_kernels.layouts.gguf import gguf_type
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import gguf
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from ar_kernels import QuantizedWeight
 
 QUANTIZATION_VERSION = 2
+_ALIGNMENT = 32
+_HEADER = 16_384
+"""Bytes of keys, values and tensor names, about."""
+_PER_TOKEN = 38
+"""Bytes of one token: text, kind and its share of the merges (measured on BPE vocabularies)."""
 
 
 class GgufSink:
@@ -72,13 +79,13 @@ class GgufSink:
             tensor = tensor[order]
         if self._arch.norm_offset and target.endswith("norm.weight"):
             tensor = tensor.float() + self._arch.norm_offset
-        wide = tensor.ndim < 2 or "norm" in target or "ffn_gate_inp" in target  # noqa: PLR2004
-        if wide or "position_embd" in target:
-            self._add(target, tensor.float(), "F32")
-        elif tensor.dtype == torch.bfloat16:
-            self._add(target, tensor.contiguous().view(torch.uint8), "BF16")
+        kind = _float_kind(target, tensor.ndim, tensor.dtype)
+        if kind == "F32":
+            self._add(target, tensor.float(), kind)
+        elif kind == "BF16":
+            self._add(target, tensor.contiguous().view(torch.uint8), kind)
         else:
-            self._add(target, tensor.half(), "F16")
+            self._add(target, tensor.half(), kind)
 
     def commit(self) -> Path:
         """Write the file, then make the directory visible at once."""
@@ -149,6 +156,30 @@ class GgufSink:
 
         data = tensor.detach().cpu().contiguous().numpy()
         self._open().add_tensor(name, data, raw_dtype=getattr(gguf.GGMLQuantizationType, kind))
+
+
+def _float_kind(target: str, dimensions: int, dtype: torch.dtype) -> str:
+    """Return the type that a tensor which stays a float has in the file."""
+    wide = dimensions < 2 or "norm" in target or "ffn_gate_inp" in target  # noqa: PLR2004
+    if wide or "position_embd" in target:
+        return "F32"
+    return "BF16" if dtype == torch.bfloat16 else "F16"
+
+
+def float_bytes(
+    config: Mapping[str, Any], floats: Mapping[str, tuple[tuple[int, ...], str]]
+) -> int:
+    """Return the bytes of float tensors, and an estimate of the tokenizer and the header."""
+    arch = architecture_of(config)
+    total = _HEADER + _PER_TOKEN * int(config.get("vocab_size") or 0)
+    for key, (shape, name) in floats.items():
+        found = arch.name_of(key)
+        if found is None:
+            continue
+        kind = _float_kind(found[0], len(shape), getattr(torch, name))
+        size = math.prod(shape) * (4 if kind == "F32" else 2)
+        total += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return total
 
 
 def check_request(config: dict[str, Any]) -> None:

@@ -46,6 +46,18 @@ def fingerprint(
     return {name: _digest(value) for name, value in parts.items()}
 
 
+def model_digest(model: nn.Module, source: Path | None) -> str:
+    """Return what identifies the weights of a model: see `fingerprint`."""
+    return _digest(
+        [None if source is None else _files(source), _sampled(model.state_dict().items())]
+    )
+
+
+def rows_digest(rows: Tensor) -> str:
+    """Return what identifies token rows: all of them."""
+    return _digest(_tensor_digest(rows))
+
+
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
