@@ -296,7 +296,8 @@ def test_what_cannot_follow_is_refused_before_work(model, options, message) -> N
 
 
 def test_a_stage_may_be_switched_off_where_there_is_none(model) -> None:
-    AutoRound(model(), recipe="rtn", distill=False, algorithm="rtn")
+    job = AutoRound(model(), recipe="rtn", distill=False, algorithm="rtn")
+    assert job.settings.chosen.stage is None
 
 
 def test_a_stage_of_others_may_return_as_little_as_it_likes(model, many, monkeypatch) -> None:
