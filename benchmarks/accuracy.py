@@ -112,6 +112,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer-python")
     parser.add_argument("--rows", nargs="+", default=list(DEFAULT), choices=ROWS, metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
+    parser.add_argument("--tools", nargs="+", default=["ar", "auto-round"], help="run these only")
     parser.add_argument("--iters", type=int, default=200)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=256)
@@ -121,7 +122,9 @@ def _arguments() -> argparse.Namespace:
 
 def _sides(args: argparse.Namespace) -> list[tuple[str, str, str]]:
     sides = [("ar", sys.executable, OURS)]
-    return sides if args.peer_python is None else [*sides, ("auto-round", args.peer_python, THEIRS)]
+    if args.peer_python is not None:
+        sides.append(("auto-round", args.peer_python, THEIRS))
+    return [side for side in sides if side[0] in args.tools]
 
 
 def _read(kept: Path) -> list[dict[str, Any]]:
