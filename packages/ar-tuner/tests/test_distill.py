@@ -34,7 +34,7 @@ def oracle(candidate: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("part", [1, 70, 2**22], ids=["token-by-token", "uneven", "at-once"])
 def test_divergence_and_its_gradient_are_those_of_the_definition(dtype, part, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_PART", part)
+    monkeypatch.setattr(module, "_CACHED", part)
     candidate, reference = logits(dtype).requires_grad_(), logits(dtype, seed=1)
     found = divergence(candidate, reference)
     assert found.dtype == torch.float32

@@ -118,7 +118,7 @@ def _step(
             reference = task.logits({}, some, False)  # noqa: FBT003
         with torch.enable_grad():
             loss = divergence(task.logits(leaves, some, True), reference)  # noqa: FBT003
-            (loss * (some.shape[0] / rows.shape[0])).backward()
+            (loss * some.numel()).backward()  # of the sum: Adam's steps know no scale
         total += float(loss.detach()) * some.shape[0] / rows.shape[0]
     share = _schedule(step, task.settings.steps)
     for latent in latents:
