@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 from ar_export import open_checkpoint, verify
 from ar_kernels import QuantLinear
 from ar_tuner import AutoRound, events, job, refine
+from ar_tuner.distill import stage
 from ar_tuner.refine import norm_gains
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 QUICK = {
@@ -26,6 +28,14 @@ QUICK = {
     "seqlen": 64,
     "batch_size": 8,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _long_steps() -> Iterator[None]:
+    """Steps of the usual length leave no code's margin in as few as there are here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "SIZES", stage.Sizes(codes=4e-3, scales=3e-3, gains=2e-3))
+        yield
 
 
 @pytest.fixture(scope="module")

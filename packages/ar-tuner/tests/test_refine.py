@@ -30,6 +30,12 @@ def many() -> torch.Tensor:
     return torch.randint(0, 128, (64, 32), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(autouse=True)
+def _long_steps(monkeypatch) -> None:
+    """Steps of the usual length leave no code's margin in as few as there are here."""
+    monkeypatch.setattr(stage, "SIZES", stage.Sizes(codes=4e-3, scales=3e-3, gains=2e-3))
+
+
 @pytest.fixture
 def tasks(monkeypatch) -> list[ModelTask]:
     """What the stage is given, as it runs."""
@@ -123,7 +129,7 @@ def test_a_result_that_held_out_rows_do_not_gain_by_is_thrown_away(
     model, many, monkeypatch
 ) -> None:
     alone, _ = run(model(), many, distill=False, algorithm="rtn")
-    monkeypatch.setattr(stage, "sizes", lambda bits: stage.Sizes(30.0, 0.9, 5.0))
+    monkeypatch.setattr(stage, "SIZES", stage.Sizes(30.0, 0.9, 5.0))
     made, seen = run(model(), many, algorithm="rtn")
     before, after = losses(seen)
     assert after == before

@@ -41,8 +41,8 @@ class Recipe:
         return "rtn" if self.disable_opt_rtn else "opt_rtn"
 
     def stage_settings(self, seed: int) -> StageSettings:
-        """Return the numbers of the stage: as many steps as a block has, of half the rows."""
-        return StageSettings(self.iters, max(1, self.batch_size // 2), seed)
+        """Return the numbers of the stage: as many steps as a block has, of 5/8 of the rows."""
+        return StageSettings(self.iters, max(1, self.batch_size * 5 // 8), seed)
 
 
 RECIPES: dict[str, Recipe] = {
