@@ -12,8 +12,10 @@ from ar_kernels.numerics.columns import params_of
 from ar_schemes import scheme, schemes
 from ar_tuner.distill import divergence as module
 from ar_tuner.distill.divergence import divergence
+from ar_tuner.distill.integers import IntegerLatent
 from ar_tuner.distill.latent import COARSE, MARGIN, Latent
 from ar_tuner.distill.moments import FIRST, SECOND, Moments
+from ar_tuner.distill.stage import latent_of
 from ar_tuner.stages import ModelTarget
 
 WIDTH = 256
@@ -105,7 +107,7 @@ def target(name: str, *, transposed: bool = False, **overrides) -> ModelTarget:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_weight_that_has_not_moved_is_the_weight_it_was(name) -> None:
     one = target(name)
-    latent = Latent.of(one)
+    latent = latent_of(one)
     assert latent is not None
     assert equal(latent.quantize(), one.weight)
     assert torch.equal(latent.stored(one.original), one.weight.dequantize())
@@ -115,7 +117,7 @@ def test_a_weight_that_has_not_moved_is_the_weight_it_was(name) -> None:
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 def test_integers_of_every_width_start_as_they_were(bits, sym) -> None:
     one = target("W4A16", bits=bits, sym=sym, group_size=32)
-    assert equal(Latent.of(one).quantize(), one.weight)
+    assert equal(latent_of(one).quantize(), one.weight)
 
 
 @pytest.mark.parametrize("name", ["W2A16", "W4A16", "MXFP4", "NVFP4", "GGUF:Q4_K_S", "GGUF:Q4_1"])
@@ -134,8 +136,10 @@ def test_latents_stand_between_code_and_original_a_margin_from_the_border(name) 
     assert torch.equal(kind.fake_quant(reached, one.scheme.weight, params), codes)
 
 
-def moved_by(name: str, *, codes: float, scales: float, steps: int = 20, **what) -> Latent:
-    latent = Latent.of(target(name), **what)
+def moved_by(
+    name: str, *, codes: float, scales: float, steps: int = 20, **what
+) -> Latent | IntegerLatent:
+    latent = latent_of(target(name), **what)
     made = torch.Generator().manual_seed(5)
     grad = torch.randn(128, WIDTH, generator=made)
     for step in range(steps):
@@ -166,7 +170,7 @@ def test_powers_of_two_and_scales_of_two_levels_stay(name) -> None:
 def test_wide_codes_stay(name) -> None:
     latent = moved_by(name, codes=1.0, scales=1e-3)
     assert latent.target.weight.spec.bits > COARSE
-    assert latent.unit is None
+    assert latent.value_moments is None
     assert torch.equal(latent.quantize().codes, latent.target.weight.codes)
 
 
@@ -179,9 +183,36 @@ def test_what_the_model_computes_with_is_what_will_be_written(name) -> None:
     assert torch.equal(written.extra["input_range"], torch.tensor([-1.5, 2.0]))
 
 
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("granularity", [{"group_size": 32}, {"group_size": -1}, {"bits": 8}])
+def test_integers_in_steps_of_their_scale_move_as_any_weight_does(sym, granularity) -> None:
+    one = target("W2A16", sym=sym, **granularity)
+    plain, quick = Latent.of(one), latent_of(one)
+    assert isinstance(quick, IntegerLatent)
+    made = torch.Generator().manual_seed(5)
+    for step in range(30):
+        grad = torch.randn(128, WIDTH, generator=made)
+        for latent in (plain, quick):
+            latent.step(grad, step, codes=0.05, scales=2e-3)
+    ours, theirs = quick.quantize(), plain.quantize()
+    assert not torch.equal(ours.scale, one.weight.scale)
+    assert float((ours.codes != theirs.codes).float().mean()) < 1e-3
+    torch.testing.assert_close(ours.scale, theirs.scale, rtol=2e-3, atol=0)
+    if one.weight.spec.bits <= COARSE:
+        assert float((ours.codes != one.weight.codes).float().mean()) > 0.1
+
+
+def test_integers_keep_a_margin_from_the_border() -> None:
+    one = target("W2A16")
+    latent = latent_of(one)
+    shift = latent.value - one.weight.codes.float()
+    assert float(shift.abs().max()) <= 0.5 - MARGIN + 1e-6
+    assert float(shift.abs().max()) > 0.5 - 2 * MARGIN
+
+
 def test_one_may_hold_codes_or_scales() -> None:
-    held = Latent.of(target("W4A16"), codes=False)
-    free = Latent.of(target("W4A16"), scales=False)
+    held = latent_of(target("W4A16"), codes=False)
+    free = latent_of(target("W4A16"), scales=False)
     grad = torch.randn(128, WIDTH, generator=torch.Generator().manual_seed(6))
     for latent in (held, free):
         for step in range(20):
@@ -205,7 +236,7 @@ def test_steps_go_against_the_gradient_one_size_at_a_time() -> None:
 
 
 def test_a_transposed_weight_is_stored_as_the_model_stores_it() -> None:
-    plain, turned = Latent.of(target("W4A16")), Latent.of(target("W4A16", transposed=True))
+    plain, turned = latent_of(target("W4A16")), latent_of(target("W4A16", transposed=True))
     like = torch.empty(0, dtype=torch.bfloat16)
     assert torch.equal(turned.stored(like), plain.stored(like).t())
     grad = torch.randn(128, WIDTH)

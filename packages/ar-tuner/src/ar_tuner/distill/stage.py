@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_tuner.distill.divergence import divergence
+from ar_tuner.distill.integers import DATA_TYPE, IntegerLatent
 from ar_tuner.distill.latent import Latent
 from ar_tuner.distill.moments import Moments
 from ar_tuner.stages import ModelResult
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ar_tuner.stages import ModelTask
+    from ar_tuner.stages import ModelTarget, ModelTask
 
 REPORTS = 10
 WARM = 5
@@ -54,7 +55,7 @@ class Distill:
         """Return the refined weights and gains, or none where held-out rows do not gain."""
         part = _part(task)
         before = _held_out(task, {}, part)
-        latents = [x for x in map(Latent.of, task.targets) if x is not None]
+        latents = [x for x in map(latent_of, task.targets) if x is not None]
         gains = {name: _Gain.of(value) for name, value in task.gains.items()}
         began = _restore(task, latents, gains)
         for step in range(began, task.settings.steps):
@@ -70,6 +71,14 @@ class Distill:
             return ModelResult(loss_before=before, loss_after=before)
         weights = {x.target.layer: x.quantize() for x in latents}
         return ModelResult(weights, moved, before, after)
+
+
+def latent_of(
+    target: ModelTarget, *, codes: bool = True, scales: bool = True
+) -> Latent | IntegerLatent | None:
+    """Return a weight that can move, or None where its data type does not say how."""
+    integer = target.weight.spec.data_type == DATA_TYPE
+    return (IntegerLatent if integer else Latent).of(target, codes=codes, scales=scales)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class _Gain:
 
 def _step(
     task: ModelTask,
-    latents: list[Latent],
+    latents: list[Latent | IntegerLatent],
     gains: Mapping[str, _Gain],
     step: int,
     *,
@@ -167,12 +176,14 @@ def _held_out(
     return total / task.held_out.shape[0]
 
 
-def _state(latents: list[Latent], gains: Mapping[str, _Gain]) -> dict[str, Tensor]:
+def _state(latents: list[Latent | IntegerLatent], gains: Mapping[str, _Gain]) -> dict[str, Tensor]:
     out = {f"{x.target.parameter}|{k}": v for x in latents for k, v in x.state().items()}
     return out | {f"{name}|{k}": v for name, gain in gains.items() for k, v in gain.state().items()}
 
 
-def _restore(task: ModelTask, latents: list[Latent], gains: Mapping[str, _Gain]) -> int:
+def _restore(
+    task: ModelTask, latents: list[Latent | IntegerLatent], gains: Mapping[str, _Gain]
+) -> int:
     if task.saved is None:
         return 0
     tensors, done = task.saved
