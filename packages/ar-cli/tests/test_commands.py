@@ -222,6 +222,7 @@ def test_the_status_of_a_command_is_that_of_the_program(tmp_path) -> None:
         ([], {}),
         (["--distill"], {"distill": True}),
         (["--no-distill"], {"distill": False}),
+        (["--distill-scales"], {"distill": "scales"}),
         (
             ["--algorithm", "signround", "--stage", "mine"],
             {"algorithm": "signround", "stage": "mine"},

@@ -264,6 +264,62 @@ def test_a_stage_that_does_not_fit_is_left_out(model, many, monkeypatch) -> None
     assert "distill is left out: it needs about" in left_out(run(model(), many)[1])
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "mistral"])
+def test_scales_alone_gain_and_leave_codes(model, many, tasks, kind) -> None:
+    made, seen = run(model(kind), many, scheme="W2A16", distill="scales")
+    before, after = losses(seen)
+    assert after < before
+    task = tasks[0]
+    assert task.settings.flat
+    for target in task.targets:
+        was = target.weight.dequantize().unflatten(1, (-1, 32))
+        now = target.view(made.get_parameter(target.parameter)).unflatten(1, (-1, 32))
+        scales = target.weight.scale.float().unsqueeze(-1)
+        moved = (now * was).sum(-1, keepdim=True) / was.square().sum(-1, keepdim=True) * scales
+        torch.testing.assert_close(now / moved, was / scales, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(now, was)
+
+
+@pytest.mark.parametrize("scheme", ["W2A16", "NVFP4"])
+def test_recomputed_blocks_give_what_others_do(model, many, tasks, scheme) -> None:
+    options = {"scheme": scheme, "group_size": None if scheme == "NVFP4" else 32}
+    run(model(), many, **options)
+    run(model(), many, distill="scales", **options)
+    plain, flat = tasks
+    rows = many[:3]
+    names = {t.parameter: t.original.float().requires_grad_() for t in plain.targets}
+    again = {t.parameter: t.original.float().requires_grad_() for t in plain.targets}
+    gains = dict(plain.gains)  # as they were before the stage
+    one = plain.logits(names | gains, rows, True)
+    two = flat.logits({k: (lambda v=v: v * 1.0) for k, v in again.items()} | gains, rows, True)
+    assert torch.equal(one, two)
+    for logits in (one, two):
+        logits.square().mean().backward()
+    for name, tensor in names.items():
+        torch.testing.assert_close(again[name].grad, tensor.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_short_memory_leaves_codes_where_they_are(model, many, monkeypatch, tasks) -> None:
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    monkeypatch.setattr(refine, "_free", lambda device: weights * 12)
+    _, seen = run(model(), many)
+    assert tasks[0].settings.flat
+    notes = [e.text for e in seen if isinstance(e, events.Note)]
+    assert any("distill leaves codes as they are: it needs about" in n for n in notes)
+
+
+def test_rows_are_taken_in_parts_where_activations_would_not_fit(model, many, tasks) -> None:
+    run(model(), many, scheme="W2A16")
+    task = tasks[0]
+    small = dataclasses.replace(task.settings, max_saved=1)
+    latents = [stage.latent_of(t) for t in task.targets]
+    assert stage._part(task, latents) == task.settings.batch_size
+    one = dataclasses.replace(task, settings=small)
+    assert stage._part(one, latents) == 1
+    parts, whole = Distill().refine(one), Distill().refine(task)
+    assert parts.loss_after == pytest.approx(whole.loss_after, rel=1e-2)
+
+
 def test_free_memory_is_told_in_bytes() -> None:
     assert 10**7 < refine._free(torch.device("cpu")) < 10**13
 

@@ -33,6 +33,9 @@ _SWITCHES = (
 )
 _OPEN = ("disable_opt_rtn", "distill")
 """Switches that may be left to the recipe."""
+SCALES = "scales"
+"""Of `distill`: codes stay."""
+_FURTHER: dict[str, tuple[str, ...]] = {"distill": (SCALES,)}
 _LOOP_ONLY = (
     *("enable_alg_ext", "optimizer", "enable_adam", "momentum", "lr_scheduler", "nblocks"),
     *("gradient_accumulate_steps", "validation_rows", "dynamic_max_gap", "stage"),
@@ -64,8 +67,11 @@ def check_tuning(settings: Settings) -> None:
             raise TunerError(unknown_name(name, str(value), allowed))
     for name in (*_SWITCHES, *_OPEN):
         value = getattr(settings, name)
-        if not isinstance(value, bool) and not (name in _OPEN and value is None):
-            msg = f"{name} {value!r} is not allowed: use True or False"
+        others = _FURTHER.get(name, ())
+        left = name in _OPEN and value is None
+        if not isinstance(value, bool) and not left and value not in others:
+            words = " or ".join(map(repr, (*others, True, False)))
+            msg = f"{name} {value!r} is not allowed: use {words}"
             raise TunerError(msg)
     for name, least in _COUNTS.items():
         check_whole(name, getattr(settings, name), least)

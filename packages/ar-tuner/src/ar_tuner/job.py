@@ -19,11 +19,11 @@ from ar_tuner.progress import Eta, peak_bytes
 from ar_tuner.refine import (
     Refinement,
     copy_floats,
+    fit,
     gathered,
     install_refined,
     norm_gains,
     refine,
-    refusal,
 )
 from ar_tuner.registry import open_sink, stage
 from ar_tuner.requests import run_settings, sink_request
@@ -207,15 +207,24 @@ def _refinement(
     if name is None or rows is None or rows.stage is None or rows.held_out is None:
         return None
     modules = {layer: prepared.model.get_submodule(layer) for layer in outside}
-    why = refusal(prepared.plan, job)
-    if why is not None:
-        request.emit(events.Note("warning", f"{name} is left out: {why}"))
+    chosen, recipe = stage(name), request.settings.chosen
+    fitting = fit(
+        prepared.plan, job, flat=recipe.flat, may_be_flat=getattr(chosen, "may_be_flat", False)
+    )
+    if fitting.refusal is not None:
+        request.emit(events.Note("warning", f"{name} is left out: {fitting.refusal}"))
         return None
+    if fitting.reason is not None:
+        request.emit(events.Note("warning", f"{name} leaves codes as they are: {fitting.reason}"))
     prepared.residence.keep = True
     names = source_names(request, prepared)
     return Refinement(
-        stage=stage(name),
-        settings=request.settings.chosen.stage_settings(request.settings.seed),
+        stage=chosen,
+        settings=dataclasses.replace(
+            recipe.stage_settings(request.settings.seed),
+            flat=fitting.flat,
+            max_saved=fitting.max_saved,
+        ),
         rows=rows.stage,
         held_out=rows.held_out,
         floats={f"{k}.weight": weight_of(m).clone() for k, m in modules.items()},

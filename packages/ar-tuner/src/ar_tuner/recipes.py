@@ -20,6 +20,7 @@ class Recipe:
         disable_opt_rtn: without steps, round with plain scales instead of searched ones.
         tuned_by: algorithm for blocks, where there are steps.
         stage: what refines the whole model afterwards, with as many steps; None: nothing.
+        flat: the stage moves scales and gains only, in little memory.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Recipe:
     disable_opt_rtn: bool | None = None
     tuned_by: str = "second_order"
     stage: str | None = "distill"
+    flat: bool = False
 
     @property
     def algorithm(self) -> str:

@@ -7,19 +7,18 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.func import functional_call
 
 from ar_tuner import events
-from ar_tuner.activations import quantized_activations, static_ranges
 from ar_tuner.algorithms.base import as_parameter
-from ar_tuner.blocks import NON_TEXT, Block
+from ar_tuner.blocks import NON_TEXT
 from ar_tuner.calibration.split import split_rows
 from ar_tuner.errors import TunerError
 from ar_tuner.residence import outside, send
 from ar_tuner.stages import ModelResult, ModelTarget, ModelTask, StageSettings
+from ar_tuner.whole import whole_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +36,8 @@ HELD_OUT = 32
 _SHARE = 1 / 16
 _BYTES = 16
 """Of memory per weight while it moves: latent, two moments, what the model computes with."""
+_FLAT_BYTES = 2
+"""The same where codes stay: the code, and the state of a factor for every few weights."""
 _PAUSE = 60.0
 _ROOM = 0.6
 """Share of the free memory that a stage may ask for."""
@@ -170,7 +171,7 @@ def refine(
     weights = {layer: weight.to(device) for layer, weight in weights.items()}
     emit(events.StageStarted(name, refinement.settings.steps))
     task = ModelTask(
-        logits=_logits(job, weights, floats),
+        logits=whole_model(job, weights, floats, flat=refinement.settings.flat),
         targets=_targets(job, floats, weights),
         gains={n: job.model.get_parameter(n).data for n in refinement.gains},
         rows=refinement.rows.to(device),
@@ -210,24 +211,59 @@ def norm_gains(model: nn.Module) -> tuple[str, ...]:
     return tuple(out)
 
 
-def refusal(plan: LayerPlan, job: Job) -> str | None:
-    """Return why a stage cannot work on a model on this machine, or None.
+@dataclass(frozen=True)
+class Fit:
+    """How a stage fits the machine.
 
-    The whole model has to be in memory for it, and the float weights beside.
+    Attributes:
+        refusal: why it cannot work at all, or None.
+        flat: codes have to stay, and blocks are computed again (`StageSettings.flat`).
+        reason: why it is flat, where nobody asked for that.
+        max_saved: bytes left for what a forward pass keeps.
+    """
+
+    refusal: str | None = None
+    flat: bool = False
+    reason: str | None = None
+    max_saved: int = StageSettings.max_saved
+
+
+def fit(plan: LayerPlan, job: Job, *, flat: bool = False, may_be_flat: bool = False) -> Fit:
+    """Return how a stage fits: the whole model has to be in memory, the float weights beside.
+
+    Args:
+        plan: what is quantized.
+        job: the walk before it.
+        flat: what the user asked for.
+        may_be_flat: the stage can do without moving codes where memory is short.
     """
     if job.adapter.entry(job.model) is not job.model:
-        return "the model as a whole cannot be run on text"
+        return Fit("the model as a whole cannot be run on text")
     find = getattr(job.model, "get_output_embeddings", None)
     if find is None or find() is None:
-        return "the model predicts no tokens"
+        return Fit("the model predicts no tokens")
     device = workplace(job)
     weights = sum(r.layer.rows * r.layer.columns for r in plan.quantized)
     absent = sum(p.nbytes for p in job.model.parameters() if p.device != device)
-    floats = weights * next(job.model.parameters()).element_size()
-    need, free = weights * _BYTES + absent + floats, _free(device)
-    if free is None or need <= _ROOM * free:
-        return None
-    return f"it needs about {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    there = absent + weights * next(job.model.parameters()).element_size()
+    free = _free(device)
+    if free is None:
+        return Fit(flat=flat)
+    room = int(_ROOM * free)
+    reason = None
+    if not flat and there + weights * _BYTES > room:
+        reason = f"it needs about {_gib(there + weights * _BYTES)} and {_gib(free)} are free"
+        if not may_be_flat:
+            return Fit(reason)
+        flat = True
+    need = there + weights * (_FLAT_BYTES if flat else _BYTES)
+    if need > room:
+        return Fit(f"it needs about {_gib(need)} and {_gib(free)} are free")
+    return Fit(None, flat, reason, max(free - need, 0) // 2)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def install_refined(
@@ -269,39 +305,3 @@ def _targets(
             original = t.ref.view(floats[name])
             out.append(ModelTarget(t.ref.layer, name, t.ref.transposed, t.scheme, weight, original))
     return tuple(out)
-
-
-def _logits(
-    job: Job, weights: Mapping[str, QuantizedWeight], floats: Mapping[str, Tensor]
-) -> Callable[[Mapping[str, Tensor], Tensor, bool], Tensor]:
-    """Return the function of `ModelTask.logits`; unquantized, all floats are in place."""
-
-    def logits(replaced: Mapping[str, Tensor], rows: Tensor, quantized: bool) -> Tensor:  # noqa: FBT001
-        inputs = dict(job.adapter.inputs(job.model, rows))
-        with contextlib.ExitStack() as stack:
-            if quantized:
-                for context in _activations(job, weights):
-                    stack.enter_context(context)
-            names = dict(replaced) if quantized else {**floats, **replaced}
-            output: Any = functional_call(job.model, names, (), inputs)
-        found: Tensor = output.logits
-        return found
-
-    return logits
-
-
-def _activations(
-    job: Job, weights: Mapping[str, QuantizedWeight]
-) -> Iterator[contextlib.AbstractContextManager[None]]:
-    for block in job.blocks:
-        targets = job.targets(block)
-        if any(t.scheme.activation is not None for t in targets):
-            yield _of_block(block, job, weights)
-
-
-def _of_block(
-    block: Block, job: Job, weights: Mapping[str, QuantizedWeight]
-) -> contextlib.AbstractContextManager[None]:
-    targets = job.targets(block)
-    mine = {t.ref.layer: weights[t.ref.layer] for t in targets}
-    return quantized_activations(block.module, targets, static_ranges(mine))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ar_schemes import unknown_name
 from ar_tuner.algorithms.base import TuneSettings
-from ar_tuner.checks import NOT_DONE, check_tuning, check_whole, refuse_undone
+from ar_tuner.checks import NOT_DONE, SCALES, check_tuning, check_whole, refuse_undone
 from ar_tuner.errors import TunerError
 from ar_tuner.recipes import RECIPES, SPELLINGS, Recipe
 
@@ -39,8 +39,9 @@ class Settings:
         recipe: `best`, `default`, `light`, `fast`, `rtn` or `opt_rtn`.
         algorithm: what quantizes a block; None: `signround` where one of its own settings is
             given (`lr`, `momentum`, `nblocks`, ...), else what the recipe says.
-        distill: refine the whole model afterwards against the float model's predictions; None:
-            as the recipe says, but not after an algorithm that was asked for.
+        distill: refine the whole model afterwards against the float model's predictions; `scales`:
+            its scales and norm gains alone, in little memory; None: as the recipe says (but not
+            after an algorithm that was asked for), codes too where memory allows.
         stage: another stage than `distill`, by name.
         iters, nsamples, seqlen, batch_size, lr, minmax_lr: override the recipe's.
         bits, group_size, sym: override the scheme's.
@@ -83,7 +84,7 @@ class Settings:
 
     recipe: str = "default"
     algorithm: str | None = None
-    distill: bool | None = None
+    distill: bool | str | None = None
     stage: str | None = None
     iters: int | None = None
     nsamples: int | None = None
@@ -167,7 +168,7 @@ class Settings:
         if asked is not None:
             given |= {"tuned_by": asked, "stage": None}
         if self.distill is not None:
-            given["stage"] = "distill" if self.distill else None
+            given |= {"stage": "distill" if self.distill else None, "flat": self.distill == SCALES}
         if self.stage is not None:
             given["stage"] = self.stage
         recipe = dataclasses.replace(recipe, **given)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ar_kernels import QuantizedWeight
     from ar_schemes import Scheme
 
+    Parameter = Tensor | Callable[[], Tensor]
+
 
 @dataclass(frozen=True)
 class ModelTarget:
@@ -48,12 +50,16 @@ class StageSettings:
         batch_size: rows per step.
         seed: of the order of the rows.
         max_logits: most logits that are held at a time; rows are taken in smaller parts above.
+        max_saved: most bytes that a forward pass keeps for the backward pass; the same.
+        flat: memory is short: codes stay, and blocks are computed again in the backward pass.
     """
 
     steps: int
     batch_size: int = 8
     seed: int = 42
     max_logits: int = 2**25
+    max_saved: int = 2**33
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ class ModelTask:
     Attributes:
         logits: (replaced parameters by name, rows [B, T], quantized) to logits [B, T, V], with
             gradients to the replaced parameters: of the quantized model, activations included, or
-            of the float model.
+            of the float model. With `settings.flat` a parameter may be a function that makes it,
+            called whenever its block is computed.
         targets: every quantized weight.
         gains: float parameters that may move a little: the gains of norms, by name.
         rows: token ids [N, T] to learn from.
@@ -74,7 +81,7 @@ class ModelTask:
         saved: the state that an interrupted stage kept last, and its number of steps.
     """
 
-    logits: Callable[[Mapping[str, Tensor], Tensor, bool], Tensor]
+    logits: Callable[[Mapping[str, Parameter], Tensor, bool], Tensor]
     targets: tuple[ModelTarget, ...]
     gains: Mapping[str, Tensor]
     rows: Tensor

@@ -153,7 +153,7 @@ def suspended(
             frame = running.frame
             if frame is None or not frame.mine:
                 return originals[index](*args, **kwargs)
-            return frame.ask(Call(index, args, _without_cache(kwargs)))
+            return frame.ask(Call(index, args, without_cache(kwargs)))
 
         return forward
 
@@ -221,7 +221,7 @@ def hidden(output: object) -> torch.Tensor:
     return first
 
 
-def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments without a key-value cache, which would remember earlier passes."""
     cached = {"past_key_values": None, "past_key_value": None, "use_cache": False}
     return {k: cached.get(k, v) for k, v in kwargs.items()}

@@ -52,7 +52,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def settings_from(given: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of `AutoRound` for options as typed; unset ones are left out."""
-    known = {k: v for k, v in given.items() if k not in OPPOSITES}
+    known = {k: v for k, v in given.items() if k not in (*OPPOSITES, "distill_scales")}
     out = {k: v for k, v in known.items() if v is not None and v is not False}
     out |= tuning_settings(given)
     # switches that are on, or left to the recipe, unless turned off

@@ -22,6 +22,11 @@ _OPTIONS = (
         default=None,
         help="Refine the whole model afterwards against the float model's predictions, or do not.",
     ),
+    click.option(
+        "--distill-scales",
+        is_flag=True,
+        help="The same with scales and norm gains alone, in little memory.",
+    ),
     click.option("--stage", metavar="NAME", help="Refine the whole model by another stage."),
     click.option("--iters", type=int, help="Tuning steps per block; 0 rounds to nearest."),
     click.option("--batch-size", type=int, help="Rows per step."),
@@ -91,6 +96,11 @@ def tuning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def tuning_settings(given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the switches that were given, under the names `AutoRound` knows."""
     out = {name: given[name] for name in SWITCHES if given.get(name) is not None}
+    if given.get("distill_scales"):
+        if given.get("distill") is False:
+            msg = "--distill-scales and --no-distill contradict each other: leave one out"
+            raise click.UsageError(msg)
+        out["distill"] = "scales"
     return out | {
         setting: not given[switch]
         for switch, setting in OPPOSITES.items()

@@ -80,6 +80,16 @@ class IntegerLatent:
         made = ungrouped(made, self.target.weight.shape, spec.granularity)
         return self.target.view(made).to(like.dtype).contiguous()
 
+    def leaf(self, like: Tensor) -> Tensor:
+        """Return the parameter, for a gradient to come back to."""
+        return self.stored(like).requires_grad_()
+
+    def move(self, leaf: object, step: int, *, codes: float, scales: float) -> None:
+        """Move against the gradient that came back to `leaf`; as `step`."""
+        assert isinstance(leaf, torch.Tensor)
+        if leaf.grad is not None:
+            self.step(leaf.grad, step, codes=codes, scales=scales)
+
     def quantize(self) -> QuantizedWeight:
         """Return codes and scales as they stand, ranges of activations included."""
         before = self.target.weight

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_tuner.distill.divergence import divergence
+from ar_tuner.distill.frozen import FrozenLatent
 from ar_tuner.distill.integers import DATA_TYPE, IntegerLatent
 from ar_tuner.distill.latent import Latent
 from ar_tuner.distill.moments import Moments
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ar_tuner.stages import ModelTarget, ModelTask
+    from ar_tuner.stages import ModelTarget, ModelTask, Parameter
+
+    Moving = Latent | IntegerLatent | FrozenLatent
 
 REPORTS = 10
+_PROBE = 64
+"""Tokens of the two short passes (so many, and twice as many) that tell what one keeps."""
 WARM = 5
 """Steps over which the step size grows to its full value."""
 
@@ -50,12 +55,14 @@ class Distill:
     """Stage `distill`."""
 
     name = "distill"
+    may_be_flat = True
 
     def refine(self, task: ModelTask) -> ModelResult:
         """Return the refined weights and gains, or none where held-out rows do not gain."""
-        part = _part(task)
+        make = FrozenLatent.of if task.settings.flat else latent_of
+        latents: list[Moving] = [x for x in map(make, task.targets) if x is not None]
+        part = _part(task, latents)
         before = _held_out(task, {}, part)
-        latents = [x for x in map(latent_of, task.targets) if x is not None]
         gains = {name: _Gain.of(value) for name, value in task.gains.items()}
         began = _restore(task, latents, gains)
         for step in range(began, task.settings.steps):
@@ -64,13 +71,18 @@ class Distill:
             if done % max(1, task.settings.steps // REPORTS) == 0:
                 task.report(done, task.settings.steps, loss)
                 task.save(_state(latents, gains), done)
-        tuned = {x.target.parameter: x.stored(x.target.original) for x in latents}
+        tuned = {x.target.parameter: _final(x, flat=task.settings.flat) for x in latents}
         moved = {name: gain.stored() for name, gain in gains.items()}
         after = _held_out(task, {**tuned, **moved}, part)
         if not after < before:
             return ModelResult(loss_before=before, loss_after=before)
         weights = {x.target.layer: x.quantize() for x in latents}
         return ModelResult(weights, moved, before, after)
+
+
+def _final(latent: Moving, *, flat: bool) -> Parameter:
+    like = latent.target.original
+    return (lambda: latent.stored(like)) if flat else latent.stored(like)
 
 
 def latent_of(
@@ -105,7 +117,7 @@ class _Gain:
 
 def _step(
     task: ModelTask,
-    latents: list[Latent | IntegerLatent],
+    latents: list[Moving],
     gains: Mapping[str, _Gain],
     step: int,
     *,
@@ -115,24 +127,23 @@ def _step(
 
     The rows go through the models `part` at a time.
     """
-    leaves = {x.target.parameter: x.stored(x.target.original).requires_grad_() for x in latents}
-    leaves |= {name: gain.stored().requires_grad_() for name, gain in gains.items()}
+    leaves: dict[str, Parameter] = {x.target.parameter: x.leaf(x.target.original) for x in latents}
+    moved = {name: gain.stored().requires_grad_() for name, gain in gains.items()}
     rows = _rows(task, step)
     total = 0.0
     for some in rows.split(part):
         with torch.no_grad():
             reference = task.logits({}, some, False)  # noqa: FBT003
         with torch.enable_grad():
-            loss = divergence(task.logits(leaves, some, True), reference)  # noqa: FBT003
+            loss = divergence(task.logits({**leaves, **moved}, some, True), reference)  # noqa: FBT003
             (loss * some.numel()).backward()  # of the sum: Adam's steps know no scale
         total += float(loss.detach()) * some.shape[0] / rows.shape[0]
     share = _schedule(step, task.settings.steps)
     for latent in latents:
-        grad = leaves[latent.target.parameter].grad
-        if grad is not None:
-            latent.step(grad, step, codes=SIZES.codes * share, scales=SIZES.scales * share)
+        leaf = leaves[latent.target.parameter]
+        latent.move(leaf, step, codes=SIZES.codes * share, scales=SIZES.scales * share)
     for name, gain in gains.items():
-        grad = leaves[name].grad
+        grad = moved[name].grad
         if grad is not None:
             gain.moments.move(gain.value, grad.float(), step, SIZES.gains * share * gain.size)
     return total
@@ -153,17 +164,42 @@ def _rows(task: ModelTask, step: int) -> Tensor:
     return task.rows[order[start : start + size].to(task.rows.device)]
 
 
-def _part(task: ModelTask) -> int:
-    """Return how many rows have logits that fit the limit, at least one."""
-    with torch.no_grad():
-        vocabulary = task.logits({}, task.rows[:1, :2], False).shape[-1]  # noqa: FBT003
-    size = task.settings.max_logits // (task.rows.shape[1] * vocabulary)
-    return max(1, min(size, task.settings.batch_size))
+def _part(task: ModelTask, latents: list[Moving]) -> int:
+    """Return how many rows fit the limits of logits and of what a pass keeps, at least one."""
+    tokens = task.rows.shape[1]
+    leaves = {x.target.parameter: x.leaf(x.target.original) for x in latents}
+    long, short = (_kept(task, leaves, n) for n in (min(tokens, 2 * _PROBE), min(tokens, _PROBE)))
+    per_token = (long.bytes - short.bytes) / max(1, long.tokens - short.tokens)
+    per_row = max(1, int(per_token * tokens)) if long.tokens > short.tokens else long.bytes
+    settings = task.settings
+    size = min(settings.max_logits // (tokens * long.vocabulary), settings.max_saved // per_row)
+    return max(1, min(size, settings.batch_size))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    tokens: int
+    bytes: int
+    vocabulary: int
+
+
+def _kept(task: ModelTask, leaves: Mapping[str, Parameter], tokens: int) -> _Kept:
+    """Return what a forward pass over the beginning of a row keeps for the backward pass."""
+    seen: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        logits = task.logits(leaves, task.rows[:1, :tokens], True)  # noqa: FBT003
+    return _Kept(tokens, sum(seen.values()), logits.shape[-1])
 
 
 def _held_out(
     task: ModelTask,
-    replaced: Mapping[str, Tensor],
+    replaced: Mapping[str, Parameter],
     part: int,
 ) -> float:
     """Return the mean divergence of the quantized model on the held-out rows."""
@@ -176,14 +212,12 @@ def _held_out(
     return total / task.held_out.shape[0]
 
 
-def _state(latents: list[Latent | IntegerLatent], gains: Mapping[str, _Gain]) -> dict[str, Tensor]:
+def _state(latents: list[Moving], gains: Mapping[str, _Gain]) -> dict[str, Tensor]:
     out = {f"{x.target.parameter}|{k}": v for x in latents for k, v in x.state().items()}
     return out | {f"{name}|{k}": v for name, gain in gains.items() for k, v in gain.state().items()}
 
 
-def _restore(
-    task: ModelTask, latents: list[Latent | IntegerLatent], gains: Mapping[str, _Gain]
-) -> int:
+def _restore(task: ModelTask, latents: list[Moving], gains: Mapping[str, _Gain]) -> int:
     if task.saved is None:
         return 0
     tensors, done = task.saved
