@@ -289,14 +289,29 @@ def test_ar_backend_and_the_user_s_config_choose_the_backend(tmp_path, monkeypat
     ("change", "message"),
     [
         ({"packing_format": "auto_round:mlx9"}, r"unknown packing_format .*auto_round:auto_gptq"),
-        ({"data_type": "mx_fp", "act_bits": 4}, r"cannot be opened.*activations in mx_fp4"),
+        ({"data_type": "mx_fp", "act_bits": 4}, r"14 layers .*weight_packed of mx_fp4 .* nothing"),
+        ({"act_bits": 4, "act_data_type": "nosuch"}, "cannot be opened.*'nosuch' of the activat"),
+        ({"act_bits": 1}, "cannot be opened.*activations: int has 2 to 8 bits"),
+        ({"act_bits": 8, "act_group_size": 48}, "14 layers.*group48 do not divide 64"),
+        ({"act_bits": 8, "act_dynamic": False}, "14 layers.*static, but the files hold no range"),
         ({"bits": 8}, r"14 layers of .*qweight of int8 group32 must have shape"),
         ({"group_size": 64}, "14 layers"),
         ({"group_size": [128, 128], "data_type": "nosuch"}, "data type 'nosuch' is not known"),
         ({"extra_config": {"q_proj": {"bits": 16}}}, r"2 layers .*16 bit, the files hold packed"),
     ],
-    ids=["packing", "data-type", "bits", "group-size", "tile", "float-but-packed"],
-)
+    ids=[
+        "packing",
+        "data-type",
+        "act-type",
+        "act-bits",
+        "act-group",
+        "act-range",
+        "bits",
+        "group-size",
+        "tile",
+        "float-but-packed",
+    ],
+)  # fmt: skip
 def test_a_checkpoint_we_cannot_open_is_refused_with_the_reason(tmp_path, change, message) -> None:
     write(tmp_path, AUTO_ROUND)
     path = tmp_path / "config.json"

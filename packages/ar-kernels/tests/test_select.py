@@ -11,7 +11,7 @@ import torch
 from ar_kernels import KernelError, builtin, hookimpl, hookspecs, registry
 from ar_kernels.backends import Backend, Need, select
 from ar_kernels.backends.dense import Dense
-from ar_kernels.backends.select import choose
+from ar_kernels.backends.select import Verdict, choose, judge
 from ar_schemes import PluginHost, TensorSpec
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NEED = Need(TensorSpec(), 128, 256, "cpu", torch.float32)
 ACTIVATIONS = replace(NEED, activation=TensorSpec(bits=8))
+UNKNOWN = replace(NEED, activation=TensorSpec(data_type="nosuch"))
 
 
 class _Absent(Dense):
@@ -27,6 +28,13 @@ class _Absent(Dense):
 
     def missing(self) -> str | None:
         return "a coprocessor"
+
+
+class _TakesActivations(Dense):
+    name = "takes_activations"
+
+    def refuses(self, need: Need) -> str | None:
+        return None
 
 
 class _Chooser:
@@ -81,13 +89,23 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 
 
 def test_a_named_backend_that_cannot_serve_is_an_error_with_the_reason() -> None:
-    with pytest.raises(KernelError, match=r"dense cannot run int4 group128 \[128, 256\] .*int8"):
-        choose(ACTIVATIONS, "dense", env={})
+    with pytest.raises(KernelError, match=r"dense cannot run int4 group128 \[128, 256\] .*nosuch"):
+        choose(UNKNOWN, "dense", env={})
 
 
 def test_when_none_can_serve_every_reason_is_given() -> None:
     with pytest.raises(KernelError, match="(?s)no backend can run .*dense: .*reference: "):
-        choose(ACTIVATIONS, env={})
+        choose(UNKNOWN, env={})
+
+
+def test_where_no_backend_quantizes_activations_the_layer_does_and_the_need_says_so() -> None:
+    assert choose(ACTIVATIONS, "dense", env={}).need == replace(ACTIVATIONS, activation=None)
+    assert judge(Dense(), ACTIVATIONS) == Verdict(NEED, None)
+    assert "not known here" in str(judge(Dense(), UNKNOWN).hurdle)
+
+
+def test_a_backend_that_quantizes_activations_is_given_the_whole_need() -> None:
+    assert judge(_TakesActivations(), ACTIVATIONS) == Verdict(ACTIVATIONS, None)
 
 
 def test_hook_ar_choose_backend_decides_among_the_usable(plugin: _Chooser) -> None:

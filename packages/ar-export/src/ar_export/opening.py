@@ -9,7 +9,7 @@ import torch
 from ar_export.errors import ExportError
 from ar_export.reader import open_checkpoint
 from ar_kernels import KernelError
-from ar_kernels.hf.config import parse
+from ar_kernels.hf.understand import understand
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,8 +23,7 @@ def open_model(path: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     """Return the model of a checkpoint, on the CPU, ready to run.
 
     Checkpoints that ar-kernels can run are loaded by Transformers with its quantized layers.
-    Others (a GGUF file, quantized activations) get their weights dequantized; activations then
-    stay as they are.
+    Others (a GGUF file) get their weights dequantized; activations then stay as they are.
 
     Raises:
         ExportError: no checkpoint, or one that no installed format reads.
@@ -46,10 +45,8 @@ def has_kernels(found: Readable) -> bool:
     """Tell whether ar-kernels runs a checkpoint as it is."""
     if found.quantization_config is None:
         return False
-    if any(entry.scheme.activation is not None for entry in found.quantized.values()):
-        return False
     try:
-        parse(found.quantization_config)
+        understand(found.quantization_config)
     except KernelError:
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,17 +10,22 @@ from torch import Tensor, nn
 
 from ar_kernels import ops, registry
 from ar_kernels.backends.base import Need
+from ar_kernels.backends.reference import encode_meta
 from ar_kernels.backends.select import choose
+from ar_kernels.layouts.base import TensorFact, optional_of
+from ar_kernels.numerics.activation import refuses_activation
 from ar_kernels.weight import KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from ar_kernels.layouts.base import TensorFact
     from ar_kernels.weight import QuantizedWeight
     from ar_schemes import TensorSpec
 
 _READY = "ready_"
+_STATIC, _ZERO = "static", "static_zero"
+_RANGES = {"input_scale": _STATIC, "input_global_scale": _STATIC, "input_zero_point": _ZERO}
+"""Names in `QuantizedWeight.extra` to what `ops.quantize_input` calls them."""
 
 
 class QuantLinear(nn.Module):
@@ -40,6 +46,8 @@ class QuantLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        activation: TensorSpec | None = None,
+        stored: Mapping[str, TensorFact] | None = None,
     ) -> None:
         """Make an empty layer, to be filled by `load_state_dict` or a checkpoint loader.
 
@@ -51,15 +59,23 @@ class QuantLinear(nn.Module):
             bias: whether there is a bias [O].
             dtype: type of the bias and of the computation.
             device: where the buffers live; `meta` holds shapes only.
+            activation: how the input is quantized before the product, None: not.
+            stored: shape and type of tensors as a checkpoint holds them, where they differ from
+                what the layout foretells (a scalar for one value, bytes of another type), and of
+                those that a checkpoint may have or not (ranges of static activations).
 
         Raises:
-            KernelError: no such layout, or it cannot hold this weight.
+            KernelError: no such layout, it cannot hold this weight, or its input cannot be
+                quantized so.
         """
         super().__init__()
         found = registry.layout(layout)
         why = found.refuses(spec, rows, columns)
+        if why is None and activation is not None:
+            why = refuses_activation(activation, columns)
         if why is not None:
             raise KernelError(why)
+        self.activation = activation
         self.spec = spec
         self.rows = rows
         self.columns = columns
@@ -69,7 +85,10 @@ class QuantLinear(nn.Module):
         self._prefer: str | None = None
         self._ready: tuple[str, ...] = ()
         self._meta: list[int] = []
+        self._quantizes: list[int] | None = None
+        self._foretold = {**optional_of(found), **found.facts(spec, rows, columns)}
         self._facts: dict[str, TensorFact] = found.facts(spec, rows, columns)
+        self._facts |= {k: v for k, v in (stored or {}).items() if k in self._foretold}
         for suffix, fact in self._facts.items():
             empty = torch.zeros(fact.shape, dtype=fact.dtype, device=device)
             self.register_buffer(suffix, empty)
@@ -86,14 +105,19 @@ class QuantLinear(nn.Module):
         layout: str,
         bias: Tensor | None = None,
         dtype: torch.dtype,
+        activation: TensorSpec | None = None,
     ) -> QuantLinear:
         """Return the layer of a weight [O, I], its packed tensors on the weight's device.
+
+        `activation` says how the input is quantized; ranges of static activations are taken from
+        `weight.extra`.
 
         Raises:
             KernelError: the layout cannot hold the weight.
         """
         rows, columns = weight.shape[-2:]
         device = weight.codes.device
+        packed = registry.layout(layout).pack(weight)
         made = cls(
             weight.spec,
             rows,
@@ -102,8 +126,10 @@ class QuantLinear(nn.Module):
             bias=bias is not None,
             dtype=dtype,
             device=device,
+            activation=activation,
+            stored={k: TensorFact(tuple(v.shape), v.dtype) for k, v in packed.items()},
         )
-        for suffix, tensor in registry.layout(layout).pack(weight).items():
+        for suffix, tensor in packed.items():
             setattr(made, suffix, tensor.to(device))
         if made.bias is not None and bias is not None:
             made.bias.data.copy_(bias)
@@ -131,7 +157,7 @@ class QuantLinear(nn.Module):
             KernelError: the packed tensors contradict the spec, or group channels in another
                 order than that of the input (GPTQ with `desc_act`).
         """
-        packed = {suffix: self._buffer(suffix) for suffix in self._facts}
+        packed = {k: _as(self._buffer(k), self._foretold[k]) for k in self._facts}
         return registry.layout(self.layout).unpack(packed, self.spec, self.rows, self.columns)
 
     def prepare(self, prefer: str | None = None) -> None:
@@ -150,39 +176,60 @@ class QuantLinear(nn.Module):
                 "dict first"
             )
             raise KernelError(msg)
-        need = Need(self.spec, self.rows, self.columns, self.device.type, self.dtype)
-        backend = choose(need, prefer).backend
+        choice = choose(self.need(), prefer)
+        backend = choice.backend
         with torch.no_grad():
-            packed = backend.pack(self.quantized(), need)
+            weight = self.quantized()
+            packed = backend.pack(weight, choice.need)
         self._release()
         for key, tensor in packed.buffers.items():
             self.register_buffer(_READY + key, tensor, persistent=False)
+        if self.activation is not None and choice.need.activation is None:
+            self._quantizes = list(encode_meta(self.activation, ()))
+            ranges = _ranges(weight.extra)
+            if not self.activation.dynamic and _STATIC not in ranges:
+                msg = f"activations {self.activation} are static, but the weight holds no range"
+                raise KernelError(msg)
+            for key, tensor in ranges.items():
+                self.register_buffer(_READY + key, tensor.to(self.device), persistent=False)
         self._ready = tuple(_READY + key for key in packed.buffers)
         self._meta = list(packed.meta)
         self._prefer = prefer
         self.backend = backend.name
 
+    def need(self) -> Need:
+        """Return what the layer asks of a backend."""
+        return Need(
+            self.spec, self.rows, self.columns, self.device.type, self.dtype, self.activation
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., I] times the weight transposed, plus bias: [..., O], dtype of x.
 
-        Computed in the layer's `dtype`. The first call prepares the layer if nobody has.
+        Computed in the layer's `dtype`, x quantized first where the scheme says so. The first
+        call prepares the layer if nobody has.
         """
         if self.backend is None:
             self.prepare(self._prefer)
         assert self.backend is not None
         ready = [self._buffer(name) for name in self._ready]
-        out = ops.quant_linear(
-            x.to(self.dtype), ready, self._meta, self.bias, self.backend, self.rows
-        )
+        given = x.to(self.dtype)
+        if self._quantizes is not None:
+            static, zero = (self._buffers.get(_READY + key) for key in (_STATIC, _ZERO))
+            given = ops.quantize_input(given, self._quantizes, static, zero)
+        out = ops.quant_linear(given, ready, self._meta, self.bias, self.backend, self.rows)
         return out.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Return shape, scheme, layout and backend for `print(model)`."""
         return (
             f"in_features={self.columns}, out_features={self.rows}, "
-            f"bias={self.bias is not None}, {self.spec}, layout={self.layout}, "
+            f"bias={self.bias is not None}, {self.spec}{self._acts()}, layout={self.layout}, "
             f"backend={self.backend or 'not prepared'}"
         )
+
+    def _acts(self) -> str:
+        return "" if self.activation is None else f", activations={self.activation}"
 
     def _buffer(self, name: str) -> Tensor:
         found = self._buffers[name]
@@ -190,10 +237,11 @@ class QuantLinear(nn.Module):
         return found
 
     def _release(self) -> None:
-        for name in self._ready:
-            del self._buffers[name]
+        for name in (*self._ready, _READY + _STATIC, _READY + _ZERO):
+            self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         self._ready = ()
+        self._quantizes = None
         self.backend = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -229,3 +277,17 @@ def _on(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type == "meta" and device.type != "meta":
         return torch.empty_like(tensor, device=device)
     return tensor.to(device)
+
+
+def _as(tensor: Tensor, fact: TensorFact) -> Tensor:
+    """Return a tensor of a checkpoint as its layout wants it: the same bytes in another shape."""
+    if tensor.dtype != fact.dtype and tensor.dtype.itemsize == fact.dtype.itemsize == 1:
+        tensor = tensor.contiguous().view(fact.dtype)
+    if tuple(tensor.shape) != fact.shape and tensor.numel() == math.prod(fact.shape):
+        tensor = tensor.reshape(fact.shape)
+    return tensor
+
+
+def _ranges(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the ranges of static activations, float32 [1], under the names of the op."""
+    return {key: extra[name].float().reshape(1) for name, key in _RANGES.items() if name in extra}

@@ -1,7 +1,9 @@
-"""The one op behind every quantized layer: `torch.ops.ar_kernels.quant_linear`.
+"""The ops behind every quantized layer, in `torch.ops.ar_kernels`.
 
-It is opaque to graph compilers, so a model with quantized layers compiles without graph breaks
-whatever backend runs inside. Importing this module registers it.
+`quant_linear` multiplies; `quantize_input` fake-quantizes activations before it, where the scheme
+asks for that and the backend does not. They are opaque to graph compilers, so a model with
+quantized layers compiles without graph breaks whatever runs inside. Importing this module
+registers them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ar_kernels.backends.base import PackedWeight
+from ar_kernels.backends.reference import decode_meta
 from ar_kernels.registry import backend as find_backend
 
 
@@ -84,3 +87,40 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 quant_linear.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("ar_kernels::quantize_input", mutates_args=())
+def quantize_input(
+    x: Tensor, spec: list[int], static: Tensor | None, zero: Tensor | None
+) -> Tensor:
+    """Return activations [..., I] quantized and dequantized, shape and dtype of x.
+
+    The gradient passes straight through, also where a value was clamped.
+
+    Args:
+        x: float activations.
+        spec: the `TensorSpec` of the activations, as `encode_meta(spec, ())` gives it.
+        static: float32 [1]: the step or tensor scale of static activations, None: dynamic.
+        zero: float32 [1]: the zero point that goes with `static`, None where there is none.
+    """
+    from ar_kernels.numerics.activation import fake_quant_activation
+
+    fake = fake_quant_activation(x, decode_meta(tuple(spec))[0], static=static, zero=zero)
+    return fake.to(x.dtype) if fake.dtype != x.dtype else fake.clone()
+
+
+@quantize_input.register_fake
+def _same_shape(
+    x: Tensor,
+    spec: list[int],  # noqa: ARG001 - the op's signature
+    static: Tensor | None,  # noqa: ARG001
+    zero: Tensor | None,  # noqa: ARG001
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _straight_through(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ARG001
+    return grad, None, None, None
+
+
+quantize_input.register_autograd(_straight_through)

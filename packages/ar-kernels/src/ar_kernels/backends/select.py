@@ -1,11 +1,16 @@
-"""Which backend serves a layer, with the reason for every one that was considered."""
+"""Which backend serves a layer, with the reason for every one that was considered.
+
+A backend that multiplies plain activations serves layers with quantized ones, too: the layer
+quantizes its input before the product.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ar_kernels.numerics.activation import refuses_activation
 from ar_kernels.registry import backend, backends, host
 from ar_kernels.weight import KernelError
 from ar_schemes import unknown_name
@@ -24,10 +29,13 @@ class Choice:
 
     Attributes:
         backend: the one to use.
+        need: what it is to serve. Without `activation` where the layer asked for one: then the
+            layer quantizes its input itself before the product.
         reasons: (name, verdict) of every installed backend, best first.
     """
 
     backend: Backend
+    need: Need
     reasons: tuple[tuple[str, str], ...]
 
 
@@ -46,31 +54,53 @@ def choose(need: Need, prefer: str | None = None, *, env: Mapping[str, str] = os
     wanted = prefer or env.get(ENV) or None
     preferred = None if wanted is None else backend(wanted)
     ranked = sorted(backends().values(), key=lambda b: -b.priority)
-    hurdles = {b.name: _hurdle(b, need) for b in ranked}
+    verdicts = {b.name: judge(b, need) for b in ranked}
     if preferred is not None:
-        _require(preferred, hurdles[preferred.name], need)
-        return _choice(preferred, "chosen: asked for by name", ranked, hurdles)
-    usable = [b for b in ranked if hurdles[b.name] is None]
+        _require(preferred, verdicts[preferred.name].hurdle, need)
+        return _choice(preferred, "chosen: asked for by name", ranked, verdicts)
+    usable = [b for b in ranked if verdicts[b.name].hurdle is None]
     if not usable:
-        why = "; ".join(f"{name}: {text}" for name, text in hurdles.items())
+        why = "; ".join(f"{name}: {found.hurdle}" for name, found in verdicts.items())
         msg = f"no backend can run {_words(need)}. {why}"
         raise KernelError(msg)
     named = host().first("ar_choose_backend", need=need, usable=tuple(usable))
     if named is None:
-        return _choice(usable[0], "chosen: best usable", ranked, hurdles)
+        return _choice(usable[0], "chosen: best usable", ranked, verdicts)
     chosen = {b.name: b for b in usable}.get(named)
     if chosen is None:
         hint = f"A plugin's ar_choose_backend asked for it for {_words(need)}."
         raise KernelError(
             unknown_name("usable backend", named, (b.name for b in usable), hint=hint)
         )
-    return _choice(chosen, "chosen: by a plugin", ranked, hurdles)
+    return _choice(chosen, "chosen: by a plugin", ranked, verdicts)
 
 
-def _hurdle(candidate: Backend, need: Need) -> str | None:
-    """Return why a backend cannot serve a need, or None."""
+@dataclass(frozen=True)
+class Verdict:
+    """What a backend says of a need.
+
+    Attributes:
+        need: what it would serve: the need, or the need without quantized activations.
+        hurdle: why it cannot, None when it can.
+    """
+
+    need: Need
+    hurdle: str | None
+
+
+def judge(candidate: Backend, need: Need) -> Verdict:
+    """Return whether a backend can serve a need, activations quantized by it or before it."""
     lacks = candidate.missing()
-    return f"missing: {lacks}" if lacks is not None else candidate.refuses(need)
+    if lacks is not None:
+        return Verdict(need, f"missing: {lacks}")
+    why = candidate.refuses(need)
+    if why is None or need.activation is None:
+        return Verdict(need, why)
+    before = refuses_activation(need.activation, need.columns)
+    if before is not None:
+        return Verdict(need, before)
+    plain = replace(need, activation=None)
+    return Verdict(plain, candidate.refuses(plain))
 
 
 def _require(preferred: Backend, hurdle: str | None, need: Need) -> None:
@@ -83,11 +113,11 @@ def _require(preferred: Backend, hurdle: str | None, need: Need) -> None:
 
 
 def _choice(
-    chosen: Backend, why: str, ranked: list[Backend], hurdles: Mapping[str, str | None]
+    chosen: Backend, why: str, ranked: list[Backend], verdicts: Mapping[str, Verdict]
 ) -> Choice:
-    verdicts = {b.name: hurdles[b.name] or f"usable, priority {b.priority}" for b in ranked}
-    verdicts[chosen.name] = f"{why}, priority {chosen.priority}"
-    return Choice(chosen, tuple(verdicts.items()))
+    said = {b.name: verdicts[b.name].hurdle or f"usable, priority {b.priority}" for b in ranked}
+    said[chosen.name] = f"{why}, priority {chosen.priority}"
+    return Choice(chosen, verdicts[chosen.name].need, tuple(said.items()))
 
 
 def _words(need: Need) -> str:

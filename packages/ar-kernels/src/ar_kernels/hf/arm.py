@@ -29,6 +29,8 @@ STOCK = {
     "auto-round": ("auto_round",),
     "gptq": ("optimum", "gptqmodel"),
     "awq": ("gptqmodel",),
+    "compressed-tensors": ("compressed_tensors",),
+    "fp8": ("accelerate",),
 }
 """Quantization method to the packages without which transformers itself cannot load it."""
 

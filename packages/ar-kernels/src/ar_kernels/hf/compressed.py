@@ -10,11 +10,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ar_kernels.hf.config import LayerFormat
 from ar_kernels.weight import KernelError
 from ar_schemes import Granularity, Scheme, Span, TensorSpec, describe, unknown_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
+
+    from ar_kernels.hf.stored import StoredLayer
 
 LAYOUTS = {
     "pack-quantized": "ct_pack",
@@ -51,15 +54,50 @@ class CompressedConfig:
 
     def find(self, name: str, kind: str = "Linear") -> Group | None:
         """Return the group of a layer, or None: names first, then patterns, then classes."""
-        if any(_matches(target, name, kind) for target in self.ignore):
+        return self.find_any((name,), kind)
+
+    def find_any(self, names: Collection[str], kind: str = "Linear") -> Group | None:
+        """Return the group of a layer that goes by several names, or None."""
+        if any(_matches(target, name, kind) for target in self.ignore for name in names):
             return None
         ranked = [
             (rank, group)
             for group in self.groups
             for target in group.targets
+            for name in names
             if (rank := _matches(target, name, kind))
         ]
         return max(ranked, key=lambda pair: pair[0])[1] if ranked else None
+
+
+@dataclass(frozen=True)
+class CompressedPlan:
+    """What a config of compressed-tensors says of the layers of a model."""
+
+    config: CompressedConfig
+    method: str = "compressed-tensors"
+
+    def resolve(
+        self,
+        layers: Mapping[str, tuple[str, ...]],
+        heads: Collection[str],  # noqa: ARG002 - an output head is a layer as any other
+    ) -> dict[str, LayerFormat]:
+        """Return the format of every layer that a group targets and nothing ignores."""
+        found = {layer: self.config.find_any(names) for layer, names in layers.items()}
+        return {
+            layer: LayerFormat(group.scheme, LAYOUTS[group.format])
+            for layer, group in found.items()
+            if group is not None
+        }
+
+    def settle(
+        self, said: LayerFormat | None, layer: StoredLayer
+    ) -> tuple[str | None, LayerFormat | None]:
+        """Return (contradiction or None, the format) of a layer whose tensors are packed."""
+        if said is None:
+            held = ", ".join(sorted(layer.facts))
+            return f"the config leaves it in 16 bit, the files hold {held}", None
+        return None, said
 
 
 def parse_compressed(config: Mapping[str, Any]) -> CompressedConfig:

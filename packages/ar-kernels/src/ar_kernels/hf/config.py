@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ar_kernels import registry
+from ar_kernels.numerics.activation import refuses_activation
 from ar_kernels.weight import KernelError
 from ar_schemes import FIELDS, Scheme, Span, scheme_from_dict, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
+    from ar_kernels.hf.stored import StoredLayer
     from ar_schemes import TensorSpec
 
 METHODS = ("auto-round", "gptq", "awq")
@@ -43,7 +45,6 @@ _FLOAT = {
 }
 _FLOATS = {"fp", *(name for name, _ in _FLOAT)}
 _WITH_G_IDX = "_g_idx"
-_FLOAT_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,17 @@ class CheckpointConfig:
         if bad:
             raise KernelError(_unsupported(self.method, bad))
         return {layer: chosen[layer] for layer in layers if layer in chosen}
+
+    def settle(
+        self, said: LayerFormat | None, layer: StoredLayer
+    ) -> tuple[str | None, LayerFormat | None]:
+        """Return (contradiction or None, the format) of a layer whose tensors are packed."""
+        if said is None:
+            said = self.default
+        if said.scheme.weight is None:
+            return "the config keeps it in 16 bit, the files hold packed tensors for it", None
+        order = self.layout_for(said.scheme, g_idx="g_idx" in layer.facts)
+        return None, LayerFormat(said.scheme, order)
 
     def _in_blocks(self, names: tuple[str, ...]) -> bool:
         prefixed = not self.blocks or any(
@@ -302,8 +314,10 @@ def _refusal(layer: LayerFormat | None, *, reading: bool) -> str | None:
     if layer is None or layer.scheme.weight is None:
         return None
     act = layer.scheme.activation
-    if not reading and act is not None and act.bits < _FLOAT_BITS:
-        return f"activations in {act.data_type}{act.bits} are not computed here"
+    if not reading and act is not None:
+        why = refuses_activation(act)
+        if why is not None:
+            return why
     data_type = layer.scheme.weight.data_type
     if data_type not in registry.data_types():
         return f"data type {data_type!r} is not known here"
@@ -315,6 +329,6 @@ def _unsupported(method: str, bad: Mapping[str, str]) -> str:
     more = f"; and {len(bad) - 8} more" if len(bad) > 8 else ""
     return (
         f"this {method} checkpoint cannot be opened: {shown}{more}. "
-        f"Known data types: {', '.join(sorted(registry.data_types()))}, with 16 bit activations. "
+        f"Known data types: {', '.join(sorted(registry.data_types()))}. "
         + _ELSEWHERE.format(method=method)
     )

@@ -1,97 +1,51 @@
-"""What the files of a checkpoint hold for each linear layer of a model."""
+"""How each linear layer of a model is stored: the config says how, the files say whether."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+import math
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ar_kernels import registry
-from ar_kernels.hf.config import LayerFormat
+from ar_kernels.layouts.base import optional_of
+from ar_kernels.numerics.activation import refuses_activation
 from ar_kernels.weight import KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
-    from ar_kernels.hf.config import CheckpointConfig
+    from ar_kernels.hf.config import LayerFormat
+    from ar_kernels.hf.stored import StoredLayer
+    from ar_kernels.hf.understand import Understood
+    from ar_kernels.layouts.base import TensorFact
+    from ar_schemes import Scheme
 
-_DENSE = frozenset({"weight", "bias"})
-
-
-@dataclass
-class StoredLayer:
-    """The tensors of one module in the files: its name there, and shapes by suffix."""
-
-    name: str
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def packed(self) -> bool:
-        """True when the module is stored as more than a float weight."""
-        return not self.shapes.keys() <= _DENSE
+_SCALES = ("scales", "weight_scale", "weight_scale_inv")
+_FLOATS = ("float16", "bfloat16", "float32")
 
 
-def stored_shapes(files: Sequence[str | Path] | None) -> dict[str, tuple[int, ...]] | None:
-    """Return the shape of every tensor in safetensors files, read from their headers.
+@dataclass(frozen=True)
+class Opening:
+    """How one layer is opened.
 
-    None where that cannot be told: no files, or files of another kind.
+    Attributes:
+        format: its scheme and the bit order.
+        stored: shape and type of its tensors in the files, by suffix; empty when unknown.
     """
-    if not files or any(Path(file).suffix != ".safetensors" for file in files):
-        return None
-    from safetensors import safe_open  # optional dependency, there when transformers is
 
-    out: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(str(file), framework="pt") as opened:
-            out |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    return out
+    format: LayerFormat
+    stored: Mapping[str, TensorFact] = field(default_factory=dict)
 
 
-def stored_layers(
-    shapes: Mapping[str, tuple[int, ...]], rename: Callable[[str], str], keys: Container[str]
-) -> dict[str, StoredLayer]:
-    """Return what is stored for each module, by the module's name in the model.
-
-    Args:
-        shapes: shape of every tensor of the files.
-        rename: key in the files to key in the model; they may differ (older prefixes, a head
-            left out).
-        keys: keys of the model's state dict.
-
-    Raises:
-        KernelError: packed tensors belong to a parameter that the model holds fused.
-    """
-    by_prefix: dict[str, StoredLayer] = {}
-    for key, shape in shapes.items():
-        prefix, _, suffix = key.rpartition(".")
-        by_prefix.setdefault(prefix, StoredLayer(prefix)).shapes[suffix] = shape
-    out: dict[str, StoredLayer] = {}
-    fused: list[str] = []
-    for prefix, layer in by_prefix.items():
-        target = rename(f"{prefix}.weight")
-        if target.endswith(".weight"):
-            out[target.removesuffix(".weight")] = layer
-        elif layer.packed and target in keys:
-            fused.append(prefix)
-    if fused:
-        msg = (
-            f"{len(fused)} quantized layers ({', '.join(fused[:3])}, ...) are parts of fused "
-            "parameters in this model, which only open dense here. Fused experts are not "
-            "supported yet; dequantize the checkpoint or leave the experts in 16 bit"
-        )
-        raise KernelError(msg)
-    return out
-
-
-def layer_formats(
-    config: CheckpointConfig,
+def layer_openings(
+    config: Understood,
     layers: Mapping[str, tuple[int, int]],
     *,
     stored: Mapping[str, StoredLayer] | None,
     heads: Iterable[str],
     prefix: str,
-) -> dict[str, LayerFormat]:
-    """Return how each quantized layer is stored: the config says how, the files say whether.
+) -> dict[str, Opening]:
+    """Return how each quantized layer is stored.
 
     Args:
         config: the checkpoint's config.
@@ -111,21 +65,27 @@ def layer_formats(
         for layer in layers
     }
     said = config.resolve(names, frozenset(heads))
-    out: dict[str, LayerFormat] = {}
+    out: dict[str, Opening] = {}
     bad: dict[str, str] = {}
     for layer, shape in layers.items():
-        found = said.get(layer)
+        found, held = said.get(layer), known.get(layer)
         if stored is not None:
-            why, found = _settled(config, found, known.get(layer))
+            # a float weight in the files is a float layer whatever the config says: writers
+            # leave odd shapes and tied heads alone without naming them
+            if held is None or not held.packed:
+                continue
+            why, found = config.settle(found, held)
             if why is not None:
                 bad[layer] = why
                 continue
         if found is None or found.scheme.weight is None:
             continue
-        why = _hurdle(found, shape, known.get(layer))
+        if held is not None:
+            found = replace(found, scheme=_scales_as_stored(found.scheme, held))
+        why = _hurdle(found, shape, held)
         if why is not None:
             bad[layer] = why
-        out[layer] = found
+        out[layer] = Opening(found, {} if held is None else held.facts)
     if bad:
         lines = "\n".join(f"  {layer}: {why}" for layer, why in bad.items())
         msg = f"{len(bad)} layers of this {config.method} checkpoint cannot be opened:\n{lines}"
@@ -133,36 +93,40 @@ def layer_formats(
     return out
 
 
-def _settled(
-    config: CheckpointConfig, said: LayerFormat | None, layer: StoredLayer | None
-) -> tuple[str | None, LayerFormat | None]:
-    """Return (contradiction or None, the layer's format) where the files are known.
-
-    A float weight in the files is a float layer whatever the config says: writers leave odd
-    shapes and tied heads alone without naming them.
-    """
-    if layer is None or not layer.packed:
-        return None, None
-    if said is None:
-        said = config.default
-    if said.scheme.weight is None:
-        return "the config keeps it in 16 bit, the files hold packed tensors for it", None
-    return None, LayerFormat(said.scheme, config.variant("g_idx" in layer.shapes))
+def _scales_as_stored(scheme: Scheme, layer: StoredLayer) -> Scheme:
+    """Return the scheme with the float type that the scale has in the files."""
+    weight = scheme.weight
+    assert weight is not None
+    for suffix in _SCALES:
+        kind = str(layer.facts[suffix].dtype)[6:] if suffix in layer.facts else ""
+        if kind in _FLOATS and weight.scale_dtype in _FLOATS:
+            return replace(scheme, weight=weight.with_(scale_dtype=kind))
+    return scheme
 
 
 def _hurdle(found: LayerFormat, shape: tuple[int, int], layer: StoredLayer | None) -> str | None:
     """Return why a layer cannot be opened, or None."""
-    assert found.scheme.weight is not None
+    weight, act = found.scheme.weight, found.scheme.activation
+    assert weight is not None
     layout = registry.layout(found.layout)
-    why = layout.refuses(found.scheme.weight, *shape)
+    why = layout.refuses(weight, *shape)
+    if why is None and act is not None:
+        why = refuses_activation(act, shape[1])
     if why is not None or layer is None:
         return why
-    for suffix, fact in layout.facts(found.scheme.weight, *shape).items():
-        have = layer.shapes.get(suffix)
-        if have != fact.shape:
-            held = "nothing" if have is None else f"shape {list(have)}"
-            return (
-                f"{suffix} of {found.scheme.weight} must have shape {list(fact.shape)}, the "
-                f"files hold {held}"
-            )
+    for suffix, fact in layout.facts(weight, *shape).items():
+        have = layer.facts.get(suffix)
+        if have is None or not _same_values(have.shape, fact.shape):
+            held = "nothing" if have is None else f"shape {list(have.shape)}"
+            return f"{suffix} of {weight} must have shape {list(fact.shape)}, the files hold {held}"
+    if act is not None and not act.dynamic:
+        ranges = [suffix for suffix in optional_of(layout) if suffix in layer.facts]
+        if not ranges:
+            return f"its activations ({act}) are static, but the files hold no range for them"
     return None
+
+
+def _same_values(have: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Tell whether shapes differ in dimensions of size 1 only, as those of scales do."""
+    plain = [n for n in have if n != 1], [n for n in wanted if n != 1]
+    return math.prod(have) == math.prod(wanted) and plain[0] == plain[1]

@@ -19,8 +19,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as stock
 
-from ar_kernels.hf.config import parse
-from ar_kernels.hf.load import layer_formats, stored_layers, stored_shapes
+from ar_kernels.hf.load import layer_openings
+from ar_kernels.hf.stored import stored_facts, stored_layers
+from ar_kernels.hf.understand import understand
 from ar_kernels.linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -83,7 +84,21 @@ class AwqConfig(_AsRead, stock.AwqConfig):
     """A config with `quant_method` awq."""
 
 
-CONFIGS = {"auto-round": AutoRoundConfig, "gptq": GPTQConfig, "awq": AwqConfig}
+class CompressedTensorsConfig(_AsRead, stock.CompressedTensorsConfig):
+    """A config with `quant_method` compressed-tensors."""
+
+
+class FineGrainedFP8Config(_AsRead, stock.FineGrainedFP8Config):
+    """A config with `quant_method` fp8."""
+
+
+CONFIGS = {
+    "auto-round": AutoRoundConfig,
+    "gptq": GPTQConfig,
+    "awq": AwqConfig,
+    "compressed-tensors": CompressedTensorsConfig,
+    "fp8": FineGrainedFP8Config,
+}
 """Config class of each quantization method."""
 
 
@@ -94,7 +109,7 @@ class ArQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Read the config; anything we do not know is refused before a file is opened."""
-        self.checkpoint = parse(self.quantization_config.to_dict())
+        self.checkpoint = understand(self.quantization_config.to_dict())
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -105,26 +120,28 @@ class ArQuantizer(HfQuantizer):
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D))
         }
-        shapes = stored_shapes(checkpoint_files)
+        facts = stored_facts(checkpoint_files)
         rename = _Renaming(model)
         head = model.get_output_embeddings()
-        formats = layer_formats(
+        openings = layer_openings(
             self.checkpoint,
             {name: _shape(module) for name, module in linears.items()},
-            stored=None if shapes is None else stored_layers(shapes, rename, rename.state),
+            stored=None if facts is None else stored_layers(facts, rename, rename.state),
             heads=[name for name, module in linears.items() if module is head],
             prefix=model.base_model_prefix,
         )
-        for name, found in formats.items():
-            module = linears[name]
-            assert found.scheme.weight is not None
+        for name, found in openings.items():
+            module, scheme = linears[name], found.format.scheme
+            assert scheme.weight is not None
             replacement = QuantLinear(
-                found.scheme.weight,
+                scheme.weight,
                 *_shape(module),
-                layout=found.layout,
+                layout=found.format.layout,
                 bias=getattr(module, "bias", None) is not None,
                 dtype=module.weight.dtype,
                 device="meta",
+                activation=scheme.activation,
+                stored=found.stored,
             )
             model.set_submodule(name, replacement)
         return model

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from ar_schemes import TensorSpec
 
 
+_STEP = {"input_scale": TensorFact((1,), torch.float32)}
+"""Tensors of static activations, there or not."""
+
+
+def _ranges(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: tensors[k].float().reshape(1) for k in _STEP if k in tensors}
+
+
 def _words(count: int, bits: int) -> int:
     return -(-count * bits // WORD)
 
@@ -43,6 +51,7 @@ class CompressedPack:
     """Layout `ct_pack`: format pack-quantized."""
 
     name = "ct_pack"
+    optional = _STEP
 
     def refuses(self, spec: TensorSpec, rows: int, columns: int) -> str | None:
         """Return why a weight cannot be packed so, or None."""
@@ -77,7 +86,7 @@ class CompressedPack:
         if weight.zero_point is not None:
             zeros = pack_stream(weight.zero_point.t().contiguous(), weight.spec.bits)
             out["weight_zero_point"] = zeros.t().contiguous()
-        return out
+        return out | _ranges(weight.extra)
 
     def unpack(
         self, tensors: Mapping[str, Tensor], spec: TensorSpec, rows: int, columns: int
@@ -97,17 +106,17 @@ class CompressedPack:
         codes = unpack_stream(tensors["weight_packed"].contiguous(), spec.bits, columns)
         scale = tensors["weight_scale"].contiguous()
         if spec.symmetric:
-            return QuantizedWeight(spec, codes, scale)
+            return QuantizedWeight(spec, codes, scale, extra=_ranges(tensors))
         stream = tensors["weight_zero_point"].t().contiguous()
-        return QuantizedWeight(
-            spec, codes, scale, unpack_stream(stream, spec.bits, rows).t().contiguous()
-        )
+        zero = unpack_stream(stream, spec.bits, rows).t().contiguous()
+        return QuantizedWeight(spec, codes, scale, zero, _ranges(tensors))
 
 
 class CompressedInt:
     """Layout `ct_int`: format int-quantized."""
 
     name = "ct_int"
+    optional = _STEP
 
     def refuses(self, spec: TensorSpec, rows: int, columns: int) -> str | None:
         """Return why a weight cannot be packed so, or None."""
@@ -138,7 +147,7 @@ class CompressedInt:
         }
         if weight.zero_point is not None:
             out["weight_zero_point"] = (weight.zero_point.short() - middle).to(torch.int8)
-        return out
+        return out | _ranges(weight.extra)
 
     def unpack(
         self, tensors: Mapping[str, Tensor], spec: TensorSpec, rows: int, columns: int
@@ -151,7 +160,8 @@ class CompressedInt:
         require(self, tensors, spec, rows, columns)
         codes = _unsigned(tensors["weight"], spec.bits)
         zero = None if spec.symmetric else _unsigned(tensors["weight_zero_point"], spec.bits)
-        return QuantizedWeight(spec, codes, tensors["weight_scale"].contiguous(), zero)
+        scale = tensors["weight_scale"].contiguous()
+        return QuantizedWeight(spec, codes, scale, zero, _ranges(tensors))
 
 
 def _unsigned(signed: Tensor, bits: int) -> Tensor:

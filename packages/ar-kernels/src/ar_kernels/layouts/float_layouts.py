@@ -167,6 +167,7 @@ FLOAT_LAYOUTS = (
     FloatLayout("ct_mxfp4", "mx_fp", 4),
     FloatLayout("ct_mxfp8", "mx_fp", 8),
     FloatLayout("fp8_block", "fp", 8, ("tile",), scale="weight_scale_inv"),
+    FloatLayout("fp8_tensor", "fp", 8, ("tensor", "channel"), optional=_STEP),
     FloatLayout("fp8_static", "fp", 8, ("channel",), flat=True, optional=_STEP),
     FloatLayout("mx_int", "mx_int", 4, magnitude=True),
     FloatLayout("nvfp4_e5m3", "nvfp4_v2", 4),
