@@ -95,6 +95,22 @@ def test_a_failing_block_is_tuned_again_with_smaller_steps_and_reported() -> Non
     assert "tuning with smaller steps gives" in said[0][1]
 
 
+def test_no_block_loses_more_than_rounding_to_nearest() -> None:
+    notes: list[tuple[str, str]] = []
+    limit = Failing(limit=0.0).quantize(task()).loss_before
+
+    class Poor:
+        name, needs_inputs = "poor", True
+
+        def quantize(self, task: BlockTask) -> BlockResult:
+            made = Failing(limit=0.0).quantize(task)
+            return dataclasses.replace(made, loss_after=2 * made.loss_before)
+
+    found = guarded(Poor(), task(), [], lambda level, text: notes.append((level, text)))
+    assert found.loss_after <= limit
+    assert "rounding to nearest" in notes[0][1]
+
+
 def test_searched_scales_are_kept_where_no_tuning_helps() -> None:
     said = []
     result = guarded(Failing(limit=0.0), task(), USUAL, lambda *note: said.append(note))

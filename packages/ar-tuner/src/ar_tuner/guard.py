@@ -1,4 +1,4 @@
-"""A second try for blocks that lose far more than their neighbours."""
+"""A second try for blocks that lose far more than their neighbours, or than plain rounding."""
 
 from __future__ import annotations
 
@@ -79,6 +79,13 @@ def guarded(
     assert first.relative is not None
     why = doubt(first.relative, before)
     why = "tuning left the finite numbers" if why is None and first.diverged else why
+    if (
+        why is None
+        and first.loss_before is not None
+        and better(first.loss_before, plain.loss_after)
+    ):
+        why = f"it loses more than rounding to nearest ({plain.loss_after:.3g} against "
+        why += f"{first.loss_before:.3g})"
     if why is None:
         return first
     best, how = first, ""
