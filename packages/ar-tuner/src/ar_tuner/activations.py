@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,12 +115,20 @@ def expert_kind(layer: str) -> str | None:
 def quantized_activations(
     block: nn.Module, targets: Sequence[Target], ranges: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Quantize what the targets of a block are given, as long as the context lasts."""
+    """Quantize what the targets of a block are given, as long as the context lasts.
+
+    Layers that are given the very same tensor (q, k, v; gate, up) share the work.
+    """
+    last: _Quantized | None = None
 
     def quantize(spec: TensorSpec, static: Tensor | None) -> Hook:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
+            nonlocal last
             x = args[0]
-            return (fake_quant_activation(x, spec, static=static).to(x.dtype), *args[1:])
+            if last is None or not last.serves(x, spec, static):
+                made = fake_quant_activation(x, spec, static=static).to(x.dtype)
+                last = _Quantized(x, _version(x), spec, static, torch.is_grad_enabled(), made)
+            return (last.made, *args[1:])
 
         return hook
 
@@ -131,6 +139,32 @@ def quantized_activations(
     }
     with _hooked(block, hooks):
         yield
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """Activations that were quantized, and what they were before."""
+
+    x: Tensor
+    version: int
+    spec: TensorSpec
+    static: Tensor | None
+    grad: bool
+    made: Tensor
+
+    def serves(self, x: Tensor, spec: TensorSpec, static: Tensor | None) -> bool:
+        """Tell whether `x`, quantized so, is what was made."""
+        same = x is self.x and _version(x) == self.version and spec == self.spec
+        if not same or torch.is_grad_enabled() != self.grad:
+            return False
+        if static is None or self.static is None:
+            return static is self.static
+        return static is self.static or torch.equal(static, self.static)
+
+
+def _version(x: Tensor) -> int:
+    """Return a number that changes when a tensor is written into, where torch counts that."""
+    return 0 if x.is_inference() else x._version  # noqa: SLF001 - torch has no public name for it
 
 
 @contextlib.contextmanager

@@ -13,6 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_EXPONENT_BITS = 0x7F800000
+_MANTISSA = 23
+"""Of float32."""
+
 
 class Element(Protocol):
     """What a number type says of one element."""
@@ -61,10 +65,13 @@ class FloatElement:
         x = x.float().clamp(-self.maximum if self.signed else 0.0, self.maximum)
         if self is E4M3:  # torch rounds half to even, too, in one pass
             return x.to(torch.float8_e4m3fn).float()
-        # the spacing of a binade, at least that of the subnormals; exact powers of two
-        exponent = x.abs().frexp().exponent.clamp_min_(2 - self.bias) - 1 - self.mantissa
-        step = torch.ldexp(torch.ones_like(x), exponent)
-        return (x / step).round_().mul_(step)
+        # the power of two below each value, at least that of the subnormals, read off its bits
+        power = (x.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+        power.clamp_min_(2.0 ** (1 - self.bias))
+        # added and taken away again, this leaves multiples of the spacing of the binade: what is
+        # added ends where float32 ends, and float32 rounds half to even
+        large = power.mul_(1.5 * 2.0 ** (_MANTISSA - self.mantissa))
+        return (x + large).sub_(large).copysign_(x)
 
     def encode(self, values: Tensor) -> Tensor:
         """Return the uint8 codes of values that `round` returned."""

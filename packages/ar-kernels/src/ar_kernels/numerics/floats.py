@@ -32,15 +32,19 @@ class FloatFakeQuant(torch.autograd.Function):
         steps = groups / step
         wanted = steps if offset is None else steps + offset
         values = element.round(wanted)
-        ctx.save_for_backward(steps, values, wanted.abs() <= element.maximum, step)
-        return values * step
+        if any(ctx.needs_input_grad):
+            # steps and values serve the gradient of the step alone
+            kept = (steps, values) if ctx.needs_input_grad[1] else (None, None)
+            ctx.save_for_backward(*kept, wanted.abs() <= element.maximum, step)
+            return values * step
+        return values.mul_(step)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of weight, step and offset; none where a code was clamped."""
         steps, values, inside, step = ctx.saved_tensors
         to_weight, to_step, to_offset, _ = ctx.needs_input_grad
-        passed = grad * inside
+        passed = grad * inside.to(grad.dtype)  # by the mask itself it takes four times as long
         step_grad = None
         if to_step:
             step_grad = (grad * values).sub_(passed * steps).sum(-1, keepdim=True)
