@@ -135,7 +135,7 @@ def _read(kept: Path) -> list[dict[str, Any]]:
 
 def _known(kept: Path, args: argparse.Namespace, row: str, tool: str, seed: int) -> bool:
     mine = {"model": args.model, "row": row, "tool": tool, "seed": seed}
-    return any(mine.items() <= found.items() for found in _read(kept))
+    return any(mine.items() <= f.items() and "failed" not in f for f in _read(kept))
 
 
 def _measure(  # noqa: PLR0913
@@ -207,8 +207,9 @@ def _table(results: list[dict[str, Any]]) -> str:
         cells[found["row"], found["tool"]].append(found)
     for (row, tool), runs in sorted(cells.items(), key=lambda item: list(ROWS).index(item[0][0])):
         failed = [r["failed"] for r in runs if "failed" in r]
-        if failed:
-            lines.append(f"| {row} | {tool} | fails: {failed[0].replace('|', '/')} |||||||||")
+        runs = [r for r in runs if "failed" not in r]
+        if not runs:
+            lines.append(f"| {row} | {tool} | fails: {failed[-1].replace('|', '/')} |||||||||")
             continue
         other = [r for r in cells.get((row, "auto-round"), []) if "failed" not in r]
         lines.append(_line(row, tool, runs, other if tool == "ar" else []))
