@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.reference import decode_meta, encode_meta, refuses_weight_only
+from ar_kernels.backends.support import Support
 from ar_kernels.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ class CpuAten:
     name = "cpu_aten"
     status = "verified on x86-64 (AVX512), torch 2.13; untried on Arm"
     keeps_codes = True
+    support = Support(
+        devices=("cpu",),
+        dtypes=(torch.bfloat16, torch.float16),
+        widths={"int": (2, 3, 4, 8)},
+        spans=("group", "channel"),
+    )
 
     @property
     def priority(self) -> int:
@@ -71,20 +78,10 @@ class CpuAten:
         why = refuses_weight_only(need)
         if why is not None:
             return why
-        spec = need.spec
-        if need.device != "cpu":
-            return f"runs on cpu, not on {need.device}"
-        if spec.data_type != "int":
-            return f"holds integers, not {spec.data_type}{spec.bits}"
-        if spec.bits not in (2, 3, 4, 8):
-            return f"holds 2, 3, 4 and 8 bits, not {spec.bits}"
-        if spec.granularity.span not in ("group", "channel"):
-            return f"holds one scale per group or channel, not per {spec.granularity}"
-        if need.dtype not in (torch.bfloat16, torch.float16):
-            return f"computes in bfloat16, too coarse for {need.dtype}; load in bfloat16 for it"
-        if _by_channel(spec) or _step(spec, need.columns) is not None:
-            return None
-        return f"groups of {_size(spec, need.columns)} are no multiples of {_GROUPS[-1]}"
+        why = self.support.refuses(need)
+        if why is None and not _by_channel(need.spec) and _step(need.spec, need.columns) is None:
+            why = f"groups of {_size(need.spec, need.columns)} are no multiples of {_GROUPS[-1]}"
+        return why
 
     def pack(self, weight: QuantizedWeight, need: Need) -> PackedWeight:
         """Return the weight in the order of the ops."""

@@ -20,11 +20,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as stock
 
+from ar_kernels.backends.select import better_if_installed
 from ar_kernels.hf.experts import Conversion, find_experts, part_shapes, take_apart
 from ar_kernels.hf.load import layer_openings
 from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
 from ar_kernels.hf.understand import understand
 from ar_kernels.linear import QuantLinear
+from ar_kernels.registry import backend
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -66,6 +68,17 @@ class _AsRead(stock.QuantizationConfigMixin):
         """Return the config of a dict, unchecked: `ar_kernels.hf.config.parse` checks it."""
         made = cls(**config_dict)
         return (made, kwargs) if return_unused_kwargs else made
+
+    @classmethod
+    def asking(cls, method: str, backend: str) -> Any:
+        """Return a config to give to `from_pretrained` that asks for a backend and no more."""
+        made = cls(quant_method=method)
+        made.backend = backend
+        return made
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what counts of a config that is given to `from_pretrained`."""
+        return {"backend": self.backend}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as they were read."""
@@ -164,12 +177,18 @@ class ArQuantizer(HfQuantizer):
         wanted = getattr(self.quantization_config, "backend", None)
         prefer = None if wanted in _NO_CHOICE else wanted
         used: Counter[str] = Counter()
+        hints: dict[str, None] = {}
         for module in model.modules():
             if isinstance(module, QuantLinear) and module.device.type != "meta":
                 module.prepare(prefer)
                 used[f"{module.backend} ({module.spec})"] += 1
+                if prefer is None and module.backend is not None:
+                    better = better_if_installed(module.need(), backend(module.backend))
+                    hints |= {} if better is None else {better: None}
         layers = ", ".join(f"{count} layers -> {what}" for what, count in used.items())
         _log.info("ar-kernels opened the %s checkpoint: %s", self.checkpoint.method, layers)
+        for hint in list(hints)[:1]:
+            _suggest(hint.partition(" would ")[0], hint)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -192,6 +211,11 @@ class ArQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Tell transformers that `torch.compile` works."""
         return True
+
+
+@functools.cache
+def _suggest(name: str, hint: str) -> None:  # noqa: ARG001 - one line per process and backend
+    _log.warning("%s", hint)
 
 
 def register(methods: Iterable[str]) -> None:
