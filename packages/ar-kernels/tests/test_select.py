@@ -94,11 +94,12 @@ def test_hook_ar_choose_backend_decides_among_the_usable(plugin: _Chooser) -> No
     plugin.wish = "reference"
     choice = choose(NEED, env={})
     assert choice.backend.name == "reference"
-    assert choice.reasons == (
+    shown = ("absent", "dense", "reference")
+    assert [reason for reason in choice.reasons if reason[0] in shown] == [
         ("absent", "missing: a coprocessor"),
         ("dense", "usable, priority 10"),
         ("reference", "chosen: by a plugin, priority 0"),
-    )
+    ]
 
 
 def test_hook_ar_choose_backend_may_leave_the_choice(plugin: _Chooser) -> None:
