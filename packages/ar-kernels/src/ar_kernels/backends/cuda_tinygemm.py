@@ -57,8 +57,8 @@ class TinyGemm:
         group = four_bits.split_group(need.spec, need.columns, _GROUPS)
         assert group is not None
         found = four_bits.parts(weight.to(need.device), group)
-        # the operator computes (code - 8) * scale + offset, both in bfloat16: narrow codes are moved
-        # to the middle, so that the offset, and what rounding it costs, is small
+        # the operator computes (code - 8) * scale + offset, both in bfloat16: narrow codes move to
+        # the middle, so that the offset, and what rounding it costs, is small
         lift = 8 - 2 ** (need.spec.bits - 1)
         codes, zero = found.codes + lift, found.zero + lift
         tiles = next(t for t in (8, 4, 2) if need.columns % (16 * t) == 0)
