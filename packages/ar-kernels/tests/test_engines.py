@@ -67,6 +67,9 @@ class _Loaded(nn.Parameter):
         self.data.copy_(loaded)
 
     def load_merged(self, loaded: Tensor, offset: int, size: int) -> None:
+        if self.output_dim is None:  # the same for every part
+            self.data.copy_(loaded)
+            return
         if self.packed_dim == self.output_dim:
             size, offset = int(size // self.packed_factor), int(offset // self.packed_factor)
         share = loaded.narrow(self.output_dim, self.rank * size, size)
@@ -143,6 +146,7 @@ def modules(monkeypatch: pytest.MonkeyPatch, tree: dict[str, dict[str, Any]]) ->
 PARAMETERS = {
     "PackedvLLMParameter": _Loaded,
     "GroupQuantScaleParameter": _Loaded,
+    "RowvLLMParameter": _Loaded,
     "ChannelQuantScaleParameter": _Column,
     "PackedColumnParameter": _Column,
 }
@@ -301,9 +305,10 @@ def test_a_fused_layer_is_loaded_in_parts_and_multiplied(
             "gptq_v2",
         ),
         (TensorSpec(bits=3, granularity=Granularity(Span.CHANNEL)), "gptq"),
+        (TensorSpec(bits=3, granularity=G32), "gptq_g_idx"),
         (scheme("MXFP4").weight, "ct_mxfp4"),
     ],
-    ids=["int2-g32-asym", "int3-channel", "mxfp4"],
+    ids=["int2-g32-asym", "int3-channel", "int3-g_idx", "mxfp4"],
 )
 @pytest.mark.parametrize("along_input", [True, False], ids=["row parallel", "column parallel"])
 def test_every_kind_of_tensor_is_cut_right(
@@ -347,6 +352,8 @@ def test_the_config_answers_the_engine(config_class: type[Any]) -> None:
         ({"bits": 4, "group_size": 128}, METHOD, METHOD),
         ({}, "gptq", None),
         ({"quant_method": "unheard_of"}, None, None),
+        ({"quant_method": "gptq"}, None, METHOD),
+        ({"quant_method": "gptq", "desc_act": True}, None, None),
     ],
 )
 def test_only_checkpoints_an_engine_has_no_kernels_for_are_taken(

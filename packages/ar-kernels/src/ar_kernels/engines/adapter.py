@@ -90,6 +90,8 @@ def make_method(engine: Engine) -> type[Any]:
             assert spec is not None
             names = list(dimensions(self.form.layout))
             tensors = {name: getattr(layer, name).data for name in names}
+            if "g_idx" in tensors:  # a later part of the input counts on from an earlier one
+                tensors["g_idx"] = tensors["g_idx"] - tensors["g_idx"].min()
             device = tensors[names[0]].device.type
             rows, columns = layer.ar_shape  # type: ignore[misc]
             weight = registry.layout(self.form.layout).unpack(tensors, spec, rows, columns)
@@ -176,7 +178,7 @@ def make_config(engine: Engine, method: type[Any]) -> type[Any]:
 def _parameter(
     engine: Engine,
     fact: TensorFact,
-    axes: tuple[int | None, int],
+    axes: tuple[int | None, int | None],
     shape: tuple[int, int],
     loader: Any,
 ) -> Any:
@@ -185,13 +187,15 @@ def _parameter(
     Args:
         engine: whose parameter.
         fact: the tensor's shape and type.
-        axes: its dimensions along input (None: it has none) and output.
+        axes: its dimensions along input and output, None where it has none.
         shape: (O, I) of the weight.
         loader: the layer's loader of shards.
     """
     along_i, along_o = axes
     kinds = engine.parameters
     data = torch.empty(fact.shape, dtype=fact.dtype)
+    if along_o is None:
+        return kinds.RowvLLMParameter(data=data, input_dim=along_i, weight_loader=loader)
     common = {"data": data, "output_dim": along_o, "weight_loader": loader}
     # how many features one entry holds; 1 for scales, of which there is one a feature or group
     per_o = Fraction(shape[0], fact.shape[along_o])

@@ -18,17 +18,21 @@ METHOD = "ar_kernels"
 _BITS = (4, 8)
 _GROUPS = (-1, 32, 64, 128)
 """What the engines' own kernels take of GPTQ's and AWQ's formats."""
-_DIMENSIONS = {
-    "gptq": {"qweight": (0, 1), "qzeros": (0, 1), "scales": (0, 1)},
-    "gptq_v2": {"qweight": (0, 1), "qzeros": (0, 1), "scales": (0, 1)},
-    "awq": {"qweight": (0, 1), "qzeros": (0, 1), "scales": (0, 1)},
+_WORDS: dict[str, tuple[int, int | None]] = {"qweight": (0, 1), "qzeros": (0, 1), "scales": (0, 1)}
+_DIMENSIONS: dict[str, dict[str, tuple[int, int | None]]] = {
+    "gptq": _WORDS,
+    "gptq_v2": _WORDS,
+    "gptq_g_idx": {**_WORDS, "g_idx": (0, None)},
+    "gptq_v2_g_idx": {**_WORDS, "g_idx": (0, None)},
+    "awq": _WORDS,
     "ct_mxfp4": {"weight_packed": (1, 0), "weight_scale": (1, 0)},
     "mx_int": {"weight_packed": (1, 0), "weight_scale": (1, 0)},
 }
-"""Layout to tensor to (dimension of the input, of the output): what can be cut for parallelism."""
+"""Layout to tensor to (dimension of the input, of the output): what can be cut for parallelism.
+None where it has none."""
 
 
-def dimensions(layout: str) -> Mapping[str, tuple[int, int]]:
+def dimensions(layout: str) -> Mapping[str, tuple[int, int | None]]:
     """Return which dimension of each tensor follows the input and which the output.
 
     Raises:
@@ -57,6 +61,8 @@ def claimed(config: Mapping[str, Any], user: str | None) -> str | None:
     except ArError:
         return None
     spec = default.scheme.weight
+    if config.get("desc_act"):  # channels in another order than that of the input
+        return None
     if spec is None or default.scheme.activation is not None:
         return None
     if default.layout not in _DIMENSIONS or _has_kernels(spec):
