@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ar_kernels.backends.accelerators import ACCELERATORS
 from ar_kernels.backends.cpu_aten import CpuAten
 from ar_kernels.backends.dense import Dense
 from ar_kernels.backends.reference import Reference
@@ -58,4 +59,4 @@ def ar_register_layouts() -> list[Layout]:
 @hookimpl
 def ar_register_backends() -> list[Backend]:
     """Return the built-in backends."""
-    return [Reference(), Dense(), CpuAten()]
+    return [Reference(), Dense(), CpuAten(), *ACCELERATORS]
