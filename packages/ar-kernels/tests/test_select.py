@@ -10,6 +10,7 @@ import torch
 
 from ar_kernels import KernelError, builtin, hookimpl, hookspecs, registry
 from ar_kernels.backends import Backend, Need, select
+from ar_kernels.backends.cpu_native import CpuNative
 from ar_kernels.backends.dense import Dense
 from ar_kernels.backends.select import choose
 from ar_schemes import PluginHost, TensorSpec
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 NEED = Need(TensorSpec(), 128, 256, "cpu", torch.float32)
 ACTIVATIONS = replace(NEED, activation=TensorSpec(bits=8))
+
+
+@pytest.fixture(autouse=True)
+def _without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same backends whether or not the kernels were built."""
+    monkeypatch.setattr(CpuNative, "missing", lambda _: "compiled kernels")
 
 
 class _Absent(Dense):
@@ -95,6 +102,7 @@ def test_hook_ar_choose_backend_decides_among_the_usable(plugin: _Chooser) -> No
     choice = choose(NEED, env={})
     assert choice.backend.name == "reference"
     assert choice.reasons == (
+        ("cpu_native", "missing: compiled kernels"),
         ("absent", "missing: a coprocessor"),
         ("dense", "usable, priority 10"),
         ("reference", "chosen: by a plugin, priority 0"),

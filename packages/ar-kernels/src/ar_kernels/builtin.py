@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ar_kernels.backends.cpu_native import CpuNative
 from ar_kernels.backends.dense import Dense
 from ar_kernels.backends.reference import Reference
 from ar_kernels.hookspecs import hookimpl
@@ -55,4 +56,4 @@ def ar_register_layouts() -> list[Layout]:
 @hookimpl
 def ar_register_backends() -> list[Backend]:
     """Return the built-in backends."""
-    return [Reference(), Dense()]
+    return [Reference(), Dense(), CpuNative()]
