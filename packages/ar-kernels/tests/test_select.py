@@ -10,6 +10,7 @@ import torch
 
 from ar_kernels import KernelError, builtin, hookimpl, hookspecs, registry
 from ar_kernels.backends import Backend, Need, select
+from ar_kernels.backends.cpu_native import CpuNative
 from ar_kernels.backends.dense import Dense
 from ar_kernels.backends.select import Verdict, choose, judge
 from ar_schemes import PluginHost, TensorSpec
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 NEED = Need(TensorSpec(), 128, 256, "cpu", torch.float32)
 ACTIVATIONS = replace(NEED, activation=TensorSpec(bits=8))
 UNKNOWN = replace(NEED, activation=TensorSpec(data_type="nosuch"))
+
+
+@pytest.fixture(autouse=True)
+def _without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same backends whether or not the kernels were built."""
+    monkeypatch.setattr(CpuNative, "missing", lambda _: "compiled kernels")
 
 
 class _Absent(Dense):

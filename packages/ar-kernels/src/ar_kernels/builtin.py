@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ar_kernels.backends.accelerators import ACCELERATORS
 from ar_kernels.backends.cpu_aten import CpuAten
+from ar_kernels.backends.cpu_native import CpuNative
 from ar_kernels.backends.dense import Dense
 from ar_kernels.backends.reference import Reference
 from ar_kernels.hookspecs import hookimpl
@@ -59,4 +60,4 @@ def ar_register_layouts() -> list[Layout]:
 @hookimpl
 def ar_register_backends() -> list[Backend]:
     """Return the built-in backends."""
-    return [Reference(), Dense(), CpuAten(), *ACCELERATORS]
+    return [Reference(), Dense(), CpuNative(), CpuAten(), *ACCELERATORS]

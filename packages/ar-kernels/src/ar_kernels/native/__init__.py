@@ -1,0 +1,1 @@
+"""Our own CPU kernels: sources, build, and the binding to the library they make."""

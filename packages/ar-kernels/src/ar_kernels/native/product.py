@@ -1,0 +1,176 @@
+"""Products with packed weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from ar_kernels.native import library as lib
+from ar_kernels.native.packing import COLUMNS, COUNT, FLAGS, ONLY_FLOAT32, ROWS
+from ar_kernels.weight import KernelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_EXPAND_FROM = {
+    ("avx512_bf16", torch.float32): 64,
+    ("avx512", torch.float32): 96,
+    ("avx512", torch.float16): 96,
+    ("avx512", torch.bfloat16): 96,
+    ("avx2", torch.float32): 96,
+    ("avx2", torch.float16): 96,
+    ("avx2", torch.bfloat16): 96,
+}
+"""Rows of x from which expanding the weight to float32 and a float product are faster."""
+_CHUNK = 1 << 22
+"""Weights expanded at once: 16 MB in float32, about what a last-level cache holds."""
+
+
+def linear(
+    x: Tensor,
+    blob: Tensor,
+    meta: tuple[int, ...],
+    bias: Tensor | None = None,
+    *,
+    isa: str | None = None,
+) -> Tensor:
+    """Return x [..., I] times the weight transposed, plus bias [O]: [..., O], dtype of x.
+
+    Args:
+        x: float32, float16 or bfloat16 on the CPU.
+        blob: the weight, as `pack` made it.
+        meta: its integers.
+        bias: one value per feature, any float type.
+        isa: instruction set to use; None takes the best.
+
+    Raises:
+        KernelError: x or the blob do not fit the meta, or the processor lacks the instructions.
+    """
+    rows, columns = meta[ROWS], meta[COLUMNS]
+    _check(x, columns)
+    flat = x.reshape(-1, columns)
+    isa = _isa(isa, meta, x.dtype)
+    if len(flat) >= _EXPAND_FROM.get((isa, x.dtype), 1 << 62):
+        return _by_expansion(flat, blob, meta, bias, isa).view(*x.shape[:-1], rows)
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    product = _product(flat, out, bias)
+    lib.check(lib.library().ar_multiply(lib.runtime(isa), lib.weight(blob, meta), product))
+    return out
+
+
+def experts_linear(
+    x: Tensor,
+    blob: Tensor,
+    meta: tuple[int, ...],
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    isa: str | None = None,
+) -> Tensor:
+    """Return x [T, I], sorted by expert, times each token's expert: [T, O], dtype of x.
+
+    Args:
+        x: tokens of expert 0, then those of expert 1, ...
+        blob: the experts' weights, joined.
+        meta: their integers.
+        offsets: int64 [E + 1]: rows offsets[e] to offsets[e + 1] of x are those of expert e.
+        bias: [E, O] or None.
+        isa: instruction set to use; None takes the best.
+
+    Raises:
+        KernelError: offsets do not rise from 0 to T, or x or the blob do not fit the meta.
+    """
+    _check(x, meta[COLUMNS])
+    out = torch.empty(len(x), meta[ROWS], dtype=x.dtype)
+    offsets = offsets.to(torch.int64).contiguous()
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+        if bias.shape != (meta[COUNT], meta[ROWS]):
+            msg = f"bias is {list(bias.shape)}, the experts need {[meta[COUNT], meta[ROWS]]}"
+            raise KernelError(msg)
+    product = _product(x, out, bias)
+    lib.check(
+        lib.library().ar_multiply_experts(
+            *(lib.runtime(_isa(isa, meta, x.dtype)), lib.weight(blob, meta), product),
+            *(offsets.data_ptr(), offsets.numel()),
+        )
+    )
+    return out
+
+
+def expand(
+    blob: Tensor,
+    meta: tuple[int, ...],
+    dtype: torch.dtype,
+    begin: int = 0,
+    end: int | None = None,
+    *,
+    isa: str | None = None,
+) -> Tensor:
+    """Return features [begin, end) of the weight, dequantized: [end - begin, I].
+
+    Raises:
+        KernelError: `begin` is no multiple of 64, or the range lies outside of the weight.
+    """
+    end = meta[ROWS] if end is None else end
+    out = torch.empty(max(0, end - begin), meta[COLUMNS], dtype=dtype)
+    size = out.numel() * out.itemsize
+    lib.check(
+        lib.library().ar_expand(
+            *(lib.runtime(isa), lib.weight(blob, meta), begin, end, lib.DTYPES[dtype]),
+            *(out.data_ptr(), size),
+        )
+    )
+    return out
+
+
+def _by_expansion(
+    x: Tensor, blob: Tensor, meta: tuple[int, ...], bias: Tensor | None, isa: str
+) -> Tensor:
+    """Return the product by expanding some features to float32 at a time."""
+    rows, columns = meta[ROWS], meta[COLUMNS]
+    step = max(64, _CHUNK // columns // 64 * 64)
+    out = torch.empty(len(x), rows, dtype=x.dtype)
+    wide = x.float()
+    with torch.autocast("cpu", enabled=False):
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            some = expand(blob, meta, torch.float32, begin, end, isa=isa)
+            add = None if bias is None else bias[begin:end].float()
+            out[:, begin:end] = functional.linear(wide, some, add)
+    return out
+
+
+def _isa(isa: str | None, meta: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Return the instruction set for a product: that of bf16 only where bf16 holds the weights."""
+    isa = isa or lib.best_isa()
+    inexact = meta[FLAGS] & ONLY_FLOAT32 and dtype != torch.bfloat16
+    return "avx512" if inexact and isa == "avx512_bf16" else isa
+
+
+def _check(x: Tensor, columns: int) -> None:
+    if x.dtype not in lib.DTYPES or x.device.type != "cpu" or x.shape[-1] != columns:
+        msg = (
+            f"x is {x.dtype} {list(x.shape)} on {x.device}; the native CPU kernels need float32, "
+            f"float16 or bfloat16 [..., {columns}] on the CPU"
+        )
+        raise KernelError(msg)
+
+
+def _product(x: Tensor, out: Tensor, bias: Tensor | None) -> lib.Product:
+    """Return the arguments of a product as C takes them."""
+    if x.stride(-1) != 1 or x.stride(0) < 0:
+        x = x.contiguous()
+    rows, stride = len(x), x.stride(0)
+    reach = ((rows - 1) * stride + x.shape[1]) * x.itemsize if rows else 0
+    pointer = None if bias is None else bias.data_ptr()
+    made = lib.Product(
+        *(x.data_ptr(), reach, rows, stride, lib.DTYPES[x.dtype], pointer),
+        *(out.data_ptr(), out.numel() * out.itemsize),
+    )
+    made.kept = (x, out, bias)  # what the pointers point to
+    return made

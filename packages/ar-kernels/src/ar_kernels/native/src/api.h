@@ -1,0 +1,60 @@
+// The entry points: plain C, no state, no exceptions. Every function that returns int32_t returns
+// a Status; sizes are checked before anything is read or written.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define AR_API __attribute__((visibility("default")))
+
+// Runs fn(begin, end, context) over parts of [begin, end) on a pool of threads; the signature of
+// libtorch_cpu's torch_parallel_for.
+typedef int32_t (*ar_parallel)(int64_t begin, int64_t end, int64_t grain,
+                               void (*fn)(int64_t, int64_t, void*), void* context);
+
+typedef struct {
+  ar_parallel parallel;  // null: one thread
+  int64_t isa;           // 0 portable, 1 AVX2, 2 AVX512, 3 AVX512-BF16
+} ar_runtime;
+
+typedef struct {
+  const int64_t* meta;   // 8 integers, see format.h
+  const uint8_t* blob;
+  int64_t bytes;         // of the blob
+} ar_weight;
+
+typedef struct {
+  const void* x;
+  int64_t x_bytes;       // readable from x on
+  int64_t rows, stride;  // of x; stride in elements
+  int64_t dtype;         // 0 fp32, 1 fp16, 2 bf16; of x and y
+  const float* bias;     // [rows of the weight] or null
+  void* y;               // [rows of x][rows of the weight], contiguous
+  int64_t y_bytes;
+} ar_product;
+
+AR_API int64_t ar_abi(void);
+// Tells whether this processor runs an instruction set.
+AR_API int32_t ar_runs(int64_t isa);
+AR_API const char* ar_isa_name(int64_t isa);
+// Bytes of a blob, of its records and of the parts of a record: sizes[0..4] = all, header, record,
+// place of the scales, of the zero points, of the codes (so six values).
+AR_API int32_t ar_sizes(const int64_t* meta, int64_t* sizes);
+AR_API int32_t ar_pack(const ar_runtime*, const int64_t* meta, const uint8_t* codes,
+                       int64_t codes_bytes, uint8_t* blob, int64_t bytes);
+AR_API int32_t ar_unpack(const ar_runtime*, const ar_weight*, uint8_t* codes, int64_t codes_bytes);
+AR_API int32_t ar_multiply(const ar_runtime*, const ar_weight*, const ar_product*);
+// Rows [offsets[e], offsets[e + 1]) of x times weight e.
+AR_API int32_t ar_multiply_experts(const ar_runtime*, const ar_weight*, const ar_product*,
+                                   const int64_t* offsets, int64_t count);
+// Writes features [begin, end) of a weight as out[end - begin][columns]; begin is a multiple of 64.
+AR_API int32_t ar_expand(const ar_runtime*, const ar_weight*, int64_t begin, int64_t end,
+                         int64_t dtype, void* out, int64_t out_bytes);
+// Reads a buffer with every thread; what the memory gives.
+AR_API int32_t ar_read(const ar_runtime*, const uint8_t* buffer, int64_t bytes, float* out);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,270 @@
+// Products of bf16 pairs, summed in float32 (AVX512-BF16 and VBMI).
+//
+// Every code is a whole number or a small float that bf16 holds exactly, so a table turns codes
+// into weights and the scale meets the float32 sum of its group. A row of fp16 or fp32 is two or
+// three rows of bf16 that add up to it exactly; they share the decoding.
+#include "v512.h"
+
+#include "kernel_f32.h"
+
+namespace ar {
+namespace {
+
+using V = V512;
+
+struct Tables {
+  __m512i t[4];  // lanes of 2 to 6 bits: t[0], t[1]; bytes: low halves of 0-63, 64-127, then high
+};
+
+void tables(const Format& f, const uint8_t* blob, Tables* out) {
+  const float* values = reinterpret_cast<const float*>(blob);
+  alignas(64) uint16_t half[128];
+  for (int i = 0; i < 128; i += 16)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(half + i), V::to_bf16(V::load(values + i)));
+  if (f.bits < 8) {
+    out->t[0] = _mm512_load_si512(half);
+    out->t[1] = _mm512_load_si512(half + 32);
+    return;
+  }
+  alignas(64) uint8_t bytes[4][64];
+  for (int i = 0; i < 128; ++i) {
+    bytes[i / 64][i % 64] = uint8_t(half[i]);
+    bytes[2 + i / 64][i % 64] = uint8_t(half[i] >> 8);
+  }
+  for (int i = 0; i < 4; ++i) out->t[i] = _mm512_load_si512(bytes[i]);
+}
+
+AR_INLINE __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+
+// Lanes with a field of fewer than 8 bits at their bottom, anything above.
+template <int BITS, int F>
+AR_INLINE __m512i lanes(const uint8_t* block) {
+  constexpr Place at = place(BITS, F);
+  if constexpr (!is_spread(BITS, F)) {
+    return _mm512_srli_epi16(load(block + 64 * at.reg), at.shift);
+  } else if constexpr (BITS == 6) {
+    constexpr int i = F - whole_fields(6);
+    const __m512i low = _mm512_srli_epi16(load(block + 64 * i), 12);
+    const __m512i other = load(block + 64 * (4 + i / 2));
+    const __m512i high = _mm512_srli_epi16(other, i & 1 ? 10 : 8);
+    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16(0x0f), 0xe4);  // c ? a : b
+  } else {
+    __m512i out = _mm512_srli_epi16(load(block), 15);
+    unrolled<1, BITS>([&](auto j) {
+      constexpr int bit = decltype(j)::value;
+      const __m512i one = _mm512_srli_epi16(load(block + 64 * bit), 15 - bit);
+      out = _mm512_ternarylogic_epi32(out, one, _mm512_set1_epi16(1 << bit), 0xf8);  // a | b & c
+    });
+    return out;
+  }
+}
+
+// The weights of a field: pairs of inputs for 16 features.
+template <int BITS, int F>
+AR_INLINE __m512bh weights(const uint8_t* block, const Tables& t) {
+  if constexpr (BITS <= 5) {
+    return __m512bh(_mm512_permutexvar_epi16(lanes<BITS, F>(block), t.t[0]));
+  } else if constexpr (BITS == 6) {
+    return __m512bh(_mm512_permutex2var_epi16(t.t[0], lanes<BITS, F>(block), t.t[1]));
+  } else {
+    const __m512i codes = load(block + 64 * (F / 2));
+    const __m512i low = _mm512_permutex2var_epi8(t.t[0], codes, t.t[1]);
+    __m512i high = _mm512_permutex2var_epi8(t.t[2], codes, t.t[3]);
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(char(0x80)), 0xf8);
+    return __m512bh(F & 1 ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high));
+  }
+}
+
+AR_INLINE __m512 dot(__m512 acc, __m512bh w, uint32_t pair) {
+  return _mm512_dpbf16_ps(acc, w, __m512bh(_mm512_set1_epi32(int(pair))));
+}
+
+// Sums of fields [BEGIN, BEGIN + 8) of the four blocks of a strip.
+template <int BITS, int ROWS, int SETS, int BEGIN>
+AR_INLINE void add_half(const uint8_t* block, const uint32_t* x, const Tables& t,
+                        __m512 (&acc)[SETS][ROWS][4]) {
+  const auto step = [&](auto f, auto c) AR_FORCED {
+    constexpr int F = decltype(f)::value, C = decltype(c)::value;
+    const __m512bh w = weights<BITS, F>(block + C * 64 * BITS, t);
+    for (int m = 0; m < ROWS; ++m)
+      acc[F % SETS][m][C] = dot(acc[F % SETS][m][C], w, x[F * ROWS + m]);
+  };
+  // with few sums, neighbours in the code must not wait for each other
+  if constexpr (ROWS <= 2) {
+    unrolled<BEGIN, BEGIN + 8>(
+        [&](auto f) AR_FORCED { unrolled<0, 4>([&](auto c) AR_FORCED { step(f, c); }); });
+  } else {
+    unrolled<0, 4>([&](auto c) AR_FORCED {
+      unrolled<BEGIN, BEGIN + 8>([&](auto f) AR_FORCED { step(f, c); });
+    });
+  }
+}
+
+template <int BITS, int ROWS>
+void few_rows_bf16(const Job& job, int64_t strip, const Tables& t, float* sums) {
+  constexpr int SETS = ROWS <= 2 ? 2 : 1;
+  constexpr int64_t kBytes = 4 * 64 * BITS;
+  const Record rec = record(job, strip);
+  const uint32_t* x = static_cast<const uint32_t*>(job.packed);
+  segments(job.format, [&](const Segment& s) AR_FORCED {
+    __m512 acc[SETS][ROWS][4];
+    for (auto& set : acc)
+      for (auto& row : set)
+        for (auto& one : row) one = _mm512_setzero_ps();
+    for (int64_t u = s.unit; u < s.unit + s.units; ++u) {
+      const uint8_t* block = rec.codes + u / 2 * kBytes;
+      const uint32_t* pairs = x + u / 2 * kFields * ROWS;
+      if (u & 1) {
+        add_half<BITS, ROWS, SETS, 8>(block, pairs, t, acc);
+      } else {
+        // the hardware does not follow a stream from one page to the next
+        for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(block + 4 * kBytes + i, _MM_HINT_T0);
+        add_half<BITS, ROWS, SETS, 0>(block, pairs, t, acc);
+      }
+    }
+    if constexpr (SETS == 2)
+      for (int m = 0; m < ROWS; ++m)
+        for (int c = 0; c < 4; ++c) acc[0][m][c] = _mm512_add_ps(acc[0][m][c], acc[1][m][c]);
+    const float* x_sums = group_sums(job, s, 0, ROWS);
+    flush<V, ROWS, 4>(rec, s.group, 0, x_sums, acc[0], sums);
+  });
+}
+
+// Writes the weights of a run of inputs as panel[pair of inputs][64 features].
+template <int BITS>
+void decode_pairs(const Record& rec, int64_t unit, int64_t units, const Tables& t, uint32_t* panel) {
+  const auto add = [&](auto half, const uint8_t* block) AR_FORCED {
+    constexpr int BEGIN = 8 * decltype(half)::value;
+    for (int c = 0; c < 4; ++c)
+      unrolled<BEGIN, BEGIN + 8>([&](auto f) AR_FORCED {
+        constexpr int F = decltype(f)::value;
+        const __m512bh w = weights<BITS, F>(block + c * 64 * BITS, t);
+        _mm512_store_si512(panel + (F - BEGIN) * kStrip + c * kBlock, __m512i(w));
+      });
+  };
+  for (int64_t u = unit; u < unit + units; ++u, panel += kUnit / 2 * kStrip) {
+    const uint8_t* block = rec.codes + u / 2 * 4 * 64 * BITS;
+    if (u & 1) add(Int<1>{}, block);
+    else add(Int<0>{}, block);
+  }
+}
+
+template <int ROWS>
+void tile_bf16(const Record& rec, int64_t group, int64_t pairs, const uint32_t* panel,
+               const uint32_t* x, const float* x_sums, float* sums) {
+  __m512 acc[ROWS][4];
+  for (auto& row : acc)
+    for (auto& one : row) one = _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; ++k) {
+    __m512bh w[4];
+    for (int c = 0; c < 4; ++c) w[c] = __m512bh(_mm512_load_si512(panel + k * kStrip + c * kBlock));
+    for (int m = 0; m < ROWS; ++m)
+      for (int c = 0; c < 4; ++c) acc[m][c] = dot(acc[m][c], w[c], x[k * ROWS + m]);
+  }
+  flush<V, ROWS, 4>(rec, group, 0, x_sums, acc, sums);
+}
+
+template <int BITS>
+void many_rows_bf16(const Job& job, int64_t begin, int64_t end, const Tables& t) {
+  const Format& f = job.format;
+  const int64_t pairs = f.blocks * kFields;
+  alignas(64) uint32_t panel[kSegment / 2 * kStrip];
+  alignas(64) float sums[kTilesAtOnce * kTile * kStrip];
+  tile_runs(job, [&](int64_t t0, int64_t tiles, int64_t row, int64_t rows) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const Record rec = record(job, strip);
+      memset(sums, 0, sizeof(float) * kStrip * rows * job.pieces);
+      segments(f, [&](const Segment& s) {
+        decode_pairs<BITS>(rec, s.unit, s.units, t, panel);
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int n = tile_rows(job, t0 + i);
+          const uint32_t* x = static_cast<const uint32_t*>(job.packed) + (t0 + i) * kTile * pairs +
+                              s.unit * (kUnit / 2) * n;
+          const float* x_sums = group_sums(job, s, t0 + i, n);
+          float* out = sums + i * kTile * kStrip;
+          unrolled<1, kTile + 1>([&](auto r) {
+            constexpr int ROWS = decltype(r)::value;
+            if (n == ROWS)
+              tile_bf16<ROWS>(rec, s.group, s.units * (kUnit / 2), panel, x, x_sums, out);
+          });
+        }
+      });
+      finish<V>(job, strip, row, rows, sums);
+    }
+  });
+}
+
+template <int BITS>
+void multiply_bits(const Job& job, int64_t begin, int64_t end) {
+  Tables t;
+  tables(job.format, job.blob, &t);
+  const int64_t rows = job.rows * job.pieces;
+  if (rows > kTile) return many_rows_bf16<BITS>(job, begin, end, t);
+  for (int64_t strip = begin; strip < end; ++strip) {
+    alignas(64) float sums[kTile * kStrip] = {};
+    unrolled<1, kTile + 1>([&](auto r) {
+      constexpr int ROWS = decltype(r)::value;
+      if (rows == ROWS) few_rows_bf16<BITS, ROWS>(job, strip, t, sums);
+    });
+    finish<V>(job, strip, 0, job.rows, sums);
+  }
+}
+
+void multiply_bf16(const Job& job, int64_t begin, int64_t end) {
+  switch (job.format.bits) {
+    case 2: return multiply_bits<2>(job, begin, end);
+    case 3: return multiply_bits<3>(job, begin, end);
+    case 4: return multiply_bits<4>(job, begin, end);
+    case 5: return multiply_bits<5>(job, begin, end);
+    case 6: return multiply_bits<6>(job, begin, end);
+    default: return multiply_bits<8>(job, begin, end);
+  }
+}
+
+// Rows of x as packed[tile][pair of inputs][virtual row], and the sums of virtual rows over groups.
+void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
+  const Format& f = job.format;
+  const int64_t depth = f.blocks * kDepth, pairs = depth / 2;
+  const int64_t per = kTile / job.pieces;
+  for (int64_t t = begin; t < end; ++t) {
+    const int n = tile_rows(job, t);
+    uint32_t* out = static_cast<uint32_t*>(job.packed) + t * kTile * pairs;
+    float* sums = job.sums ? job.sums + t * kTile * f.groups : nullptr;
+    if (sums) memset(sums, 0, sizeof(float) * n * f.groups);
+    for (int m = 0; m < n; m += job.pieces) {
+      const int64_t row = (t * per + m / job.pieces) * job.x_stride;
+      for (int64_t k = 0; k < depth; k += kUnit) {
+        const int64_t left = f.columns - k;
+        __m512 rest;
+        if (left >= kUnit) {
+          rest = V::read(job.x, job.dtype, row + k);
+        } else {
+          const int width = job.dtype == kF32 ? 4 : 2;
+          uint8_t last[kUnit * 4] = {};
+          if (left > 0)
+            memcpy(last, static_cast<const uint8_t*>(job.x) + (row + k) * width, left * width);
+          rest = V::read(last, job.dtype, 0);
+        }
+        for (int p = 0; p < job.pieces; ++p) {
+          const __m256i half = __m256i(_mm512_cvtneps_pbh(rest));
+          const __m512 piece = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+          // infinity is one piece: what is left of it would be no number
+          const __mmask16 whole = _mm512_fpclass_ps_mask(piece, 0x18);
+          rest = _mm512_maskz_sub_ps(__mmask16(~whole), rest, piece);
+          alignas(32) uint32_t eight[8];
+          _mm256_store_si256(reinterpret_cast<__m256i*>(eight), half);
+          for (int i = 0; i < 8; ++i) out[(k / 2 + i) * n + m + p] = eight[i];
+          if (sums && k / f.group < f.groups)
+            sums[k / f.group * n + m + p] += V::sum(piece);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1},     4,
+                                    prepare_bf16,  multiply_bf16, expand_avx512, read_all<V>};
+
+}  // namespace ar

@@ -1,0 +1,52 @@
+// What one instruction set offers, and the work that the entry points hand to it.
+#pragma once
+#include <stdint.h>
+
+#include "format.h"
+
+namespace ar {
+
+constexpr int kTile = 6;            // virtual rows of a tile: divisible by 1, 2 and 3 pieces
+constexpr int kTilesAtOnce = 16;    // tiles whose sums stay in the second-level cache
+
+struct Job {
+  Format format;
+  const uint8_t* blob;   // header
+  const uint8_t* first;  // record of the first strip
+  const void* x;
+  int64_t x_stride;      // elements from one row to the next
+  int64_t rows;          // rows of x
+  int dtype;             // of x and of the output
+  int pieces;            // virtual rows for one row of x
+  const float* bias;     // one value for each feature, or null
+  void* y;
+  int64_t y_stride;
+  void* packed;          // x as the kernel reads it
+  float* sums;           // sums of x over groups, one for each group and virtual row, or null
+};
+
+// What is added to every zero point; weights without groups have neither.
+inline float zero_bias(const Format& f, const uint8_t* blob) {
+  return f.groups ? reinterpret_cast<const float*>(blob)[kZeroBias] : 0.0f;
+}
+
+struct Kernels {
+  const char* name;
+  int pieces[3];     // virtual rows for a row of fp32, fp16, bf16
+  int element;       // bytes of a packed input of one virtual row
+  void (*prepare)(const Job&, int64_t tile_begin, int64_t tile_end);
+  void (*multiply)(const Job&, int64_t strip_begin, int64_t strip_end);
+  // Writes features [strip_begin * 64, ...) to y as rows of `y_stride` values of type `dtype`,
+  // feature 0 of y being that of strip `origin`.
+  void (*expand)(const Job&, int64_t origin, int64_t strip_begin, int64_t strip_end);
+  float (*read)(const uint8_t*, int64_t bytes);
+};
+
+void expand_avx512(const Job&, int64_t origin, int64_t strip_begin, int64_t strip_end);
+
+extern const Kernels kPortable;
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
+
+}  // namespace ar
