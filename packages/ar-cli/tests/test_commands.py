@@ -111,6 +111,21 @@ def test_generate_is_greedy_unless_asked(rtn) -> None:
     assert ar(*warm).stdout == ar(*warm).stdout
 
 
+def test_bench_tells_speed_memory_and_backends(rtn) -> None:
+    load = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeat", 1)
+    found = json.loads(ar("bench", rtn, *load, "--json").stdout)
+    assert sum(found["backends"].values()) == 28
+    assert found["decode_tokens_per_second"] * found["milliseconds_per_token"] == pytest.approx(1e3)
+    assert found["prefill_tokens_per_second"] > 0
+    assert found["peak_bytes"] > 10**7
+    table = ar("bench", rtn, *load, "--against", DEMO).stdout
+    assert "writing, tokens per second" in table
+    assert "none" in table  # the float model has no quantized layers
+    wrong = ar("bench", rtn, *load, "--against", rtn / "nothing")
+    assert wrong.exit_code == 2
+    assert "--against" in wrong.output
+
+
 @pytest.mark.parametrize(
     "args",
     [("--seqlen", 1), ("--tokens", -5), ("--device", "nonsense")],

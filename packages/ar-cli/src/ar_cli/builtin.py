@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ar_cli.commands import (
     backends,
+    bench,
     checkpoint,
     convert,
     doctor,
@@ -34,6 +35,7 @@ def ar_register_commands() -> list[click.Command]:
         convert.convert,
         convert.compare,
         generate.generate,
+        bench.bench,
         listings.schemes,
         listings.formats,
         backends.backends,
