@@ -47,9 +47,7 @@ def quantize(ftype, out, matrix):
             place.name, place.size = name, values.size
             place.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         params.imatrix = made
-    code = llama_cpp.llama_model_quantize(job["float"].encode(), out.encode(), ctypes.byref(params))
-    if code:
-        raise SystemExit(f"llama_model_quantize returned {code}")
+    return llama_cpp.llama_model_quantize(job["float"].encode(), out.encode(), ctypes.byref(params))
 
 with safe_open(job["matrix"], "np") as file:
     matrix = {k: file.get_tensor(k) for k in file.keys()}
@@ -57,8 +55,8 @@ pairs = list(job["pairs"])
 for name, ftype in TYPES.items():
     for label, used in (("llama.cpp", None), ("llama.cpp imatrix", matrix)):
         out = f"{job['out']}/{name}-{label.replace(' ', '-')}.gguf"
-        quantize(ftype, out, used)
-        pairs.append([name, label, out])
+        if quantize(ftype, out, used) == 0:  # some types it makes with a matrix only
+            pairs.append([name, label, out])
 tokenizer = AutoTokenizer.from_pretrained(job["model"])
 text = open(job["text"], encoding="utf-8").read()
 ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -141,6 +139,8 @@ def _arguments() -> argparse.Namespace:
 def _ours(args: argparse.Namespace, name: str) -> Path:
     """Return our file of a type, default recipe; made in a process of its own."""
     out = args.out / f"{name}-ar"
+    if out.is_dir():  # of an earlier call
+        return next(out.rglob("*.gguf"))
     program = (
         "import json, sys; from ar_tuner import AutoRound; a = json.loads(sys.argv[1]);"
         "AutoRound(a['model'], dataset=a['calibration'], nsamples=a['nsamples'],"
