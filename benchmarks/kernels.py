@@ -243,10 +243,7 @@ def _ours(weight: Tensor, name: str, dtype: torch.dtype) -> Candidate:
     backend = ar_kernels.backend("cpu_native")
     packed = backend.pack(quantized, Need(spec, *weight.shape, "cpu", dtype))
     blob = packed.buffers["blob"]
-    packs = [
-        type(packed)({**packed.buffers, "blob": b}, packed.meta)
-        for b in _copies(blob, blob.numel())
-    ]
+    packs = [PackedWeight({"blob": b}, packed.meta) for b in _copies(blob, blob.numel())]
     calls = [lambda x, p=p: backend.linear(x, p, None) for p in packs]
     label = name if dtype == torch.bfloat16 else f"{name}, {str(dtype).removeprefix('torch.')} x"
     return Candidate(f"ar {label}", blob.numel(), calls, dtype, quantized.dequantize(torch.float64))

@@ -117,5 +117,5 @@ def test_training_through_it_lowers_a_loss(layer: Layer) -> None:
         loss = (layer(x + x @ down.t() @ up.t()) - wanted).square().mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]

@@ -20,6 +20,10 @@ _LIBRARY.define("native_linear(Tensor x, Tensor blob, int[] meta, Tensor? bias) 
 _LIBRARY.define(
     "native_experts(Tensor x, Tensor blob, int[] meta, Tensor offsets, Tensor? bias) -> Tensor"
 )
+_LIBRARY.define("native_expand(Tensor blob, int[] meta, ScalarType dtype) -> Tensor")
+_LIBRARY.define(
+    "native_experts_backward(Tensor grad, Tensor blob, int[] meta, Tensor offsets) -> Tensor"
+)
 
 
 def native_linear(x: Tensor, blob: Tensor, meta: list[int], bias: Tensor | None = None) -> Tensor:
@@ -71,6 +75,21 @@ def _experts(
     return product.experts_linear(x, blob, tuple(meta), offsets, bias)
 
 
+def _expand(blob: Tensor, meta: list[int], dtype: torch.dtype) -> Tensor:
+    return product.expand(blob, tuple(meta), dtype)
+
+
+def _experts_gradient(grad: Tensor, blob: Tensor, meta: list[int], offsets: Tensor) -> Tensor:
+    """Return the gradient of the experts' x, expert by expert."""
+    ends = offsets.tolist()
+    out = grad.new_empty(len(grad), meta[COLUMNS])
+    for e, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        if begin < end:
+            alone = product.expert(blob, tuple(meta), e)
+            out[begin:end] = grad[begin:end] @ product.expand(*alone, grad.dtype)
+    return out
+
+
 def _linear_shape(x: Tensor, blob: Tensor, meta: list[int], bias: Tensor | None) -> Tensor:  # noqa: ARG001
     return x.new_empty((*x.shape[:-1], meta[ROWS]))
 
@@ -85,6 +104,19 @@ def _experts_shape(
     return x.new_empty((x.shape[0], meta[ROWS]))
 
 
+def _expand_shape(blob: Tensor, meta: list[int], dtype: torch.dtype) -> Tensor:
+    return blob.new_empty((meta[ROWS], meta[COLUMNS]), dtype=dtype)
+
+
+def _experts_gradient_shape(
+    grad: Tensor,
+    blob: Tensor,  # noqa: ARG001 - the op's signature
+    meta: list[int],
+    offsets: Tensor,  # noqa: ARG001
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], meta[COLUMNS]))
+
+
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     _, blob, ctx.meta, bias = inputs
     ctx.has_bias = bias is not None
@@ -95,7 +127,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Return the gradients of x and bias; the quantized weight has none."""
     (blob,) = ctx.saved_tensors
     bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
-    return grad @ _dense(blob, ctx.meta, grad), None, None, bias
+    dense = torch.ops.ar_kernels.native_expand(blob, ctx.meta, grad.dtype)
+    return grad @ dense, None, None, bias
 
 
 def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -105,28 +138,23 @@ def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  #
 
 
 def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Return the gradients of x and bias, expert by expert."""
+    """Return the gradients of x and bias."""
     blob, offsets = ctx.saved_tensors
-    ends = offsets.tolist()
-    to_x = grad.new_empty(len(grad), ctx.meta[COLUMNS])
-    to_bias = grad.new_zeros(ctx.meta[COUNT], grad.shape[-1]) if ctx.has_bias else None
-    for e, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
-        if begin == end:
-            continue
-        part = product.expert(blob, tuple(ctx.meta), e)
-        to_x[begin:end] = grad[begin:end] @ _dense(*part, grad)
-        if to_bias is not None:
-            to_bias[e] = grad[begin:end].sum(0)
+    grad = grad.contiguous()
+    to_x = torch.ops.ar_kernels.native_experts_backward(grad, blob, ctx.meta, offsets)
+    to_bias = None
+    if ctx.has_bias:
+        token = torch.arange(grad.shape[0], device=grad.device)
+        expert = torch.searchsorted(offsets, token, right=True) - 1
+        to_bias = grad.new_zeros(ctx.meta[COUNT], grad.shape[-1]).index_add(0, expert, grad)
     return to_x, None, None, None, to_bias
-
-
-def _dense(blob: Tensor, meta: Any, like: Tensor) -> Tensor:
-    return product.expand(blob, tuple(meta), like.dtype)
 
 
 for _name, _kernel, _fake in (
     ("native_linear", _linear, _linear_shape),
     ("native_experts", _experts, _experts_shape),
+    ("native_expand", _expand, _expand_shape),
+    ("native_experts_backward", _experts_gradient, _experts_gradient_shape),
 ):
     _LIBRARY.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"ar_kernels::{_name}", _fake, lib=_LIBRARY)
