@@ -54,6 +54,12 @@ def docs(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "pytest", "-q", "tests/test_docs.py")
 
 
+@nox.session(venv_backend="none")
+def sanitize(session: nox.Session) -> None:
+    """The CPU kernels and their driver under ASan and UBSan, on every instruction set here."""
+    session.run(sys.executable, "packages/ar-kernels/tests/native/sanitize.py", *session.posargs)
+
+
 @nox.session
 @nox.parametrize("package", PACKAGES)
 def isolated(session: nox.Session, package: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,6 +130,15 @@ def expand(
     return out
 
 
+def expert(blob: Tensor, meta: tuple[int, ...], index: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Return (blob, meta) of one of several joined weights."""
+    sizes = lib.sizes(meta)
+    each = (sizes.all - sizes.header) // meta[COUNT]
+    begin = sizes.header + index * each
+    alone = torch.cat([blob[: sizes.header], blob[begin : begin + each]])
+    return alone, (*meta[:COUNT], 1, *meta[COUNT + 1 :])
+
+
 def _by_expansion(
     x: Tensor, blob: Tensor, meta: tuple[int, ...], bias: Tensor | None, isa: str
 ) -> Tensor:
@@ -174,3 +185,19 @@ def _product(x: Tensor, out: Tensor, bias: Tensor | None) -> lib.Product:
     )
     made.kept = (x, out, bias)  # what the pointers point to
     return made
+
+
+def read_bandwidth(buffer: Tensor) -> float:
+    """Return the bytes per second at which all threads read a uint8 buffer once.
+
+    Raises:
+        KernelError: the library is not there.
+    """
+    found = ctypes.c_float()
+    began = time.perf_counter()
+    status = lib.library().ar_read(
+        lib.runtime(), buffer.data_ptr(), buffer.numel(), ctypes.byref(found)
+    )
+    spent = time.perf_counter() - began
+    lib.check(status)
+    return buffer.numel() / spent

@@ -28,7 +28,7 @@ UNIT = 16
 TABLE = 128
 """Values in a header."""
 INTEGER, E4M3, TABULAR = range(3)
-"""Kinds: integers of 8 bits, E4M3, and whatever a table of values holds."""
+"""Kinds: whole numbers, E4M3, and whatever a table of values holds."""
 SCALES = {
     None: 0,
     torch.float16: 1,
@@ -123,7 +123,7 @@ def storage(spec: TensorSpec) -> Storage:
         bias = (0.5 if spec.symmetric else -127.5) if wide else 0.0
         return Storage(
             bits=8 if wide else spec.bits,
-            kind=INTEGER if wide else TABULAR,
+            kind=INTEGER,
             offset=64 if spec.bits == 7 else 0,  # noqa: PLR2004
             zero_bias=bias,
             scale_dtype=scale_dtype,
@@ -144,7 +144,7 @@ def table(spec: TensorSpec) -> Tensor:
     Codes of 8 bits are a sign and a magnitude: the values of the magnitudes.
     """
     stored = storage(spec)
-    if stored.kind == INTEGER:
+    if stored.kind == INTEGER and stored.bits == 8:  # noqa: PLR2004
         return torch.arange(TABLE).float() + 0.5
     codes = torch.arange(min(2**stored.bits, TABLE), dtype=torch.uint8)
     numbers = _numbers(spec)

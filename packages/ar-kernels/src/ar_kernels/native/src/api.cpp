@@ -110,11 +110,15 @@ int32_t multiply(const ar_runtime* rt, const Kernels& k, const Format& f, const 
   const bool needs_sums = f.zero || zero_bias(f, blob) != 0;
   const int64_t packed_bytes = ceil_div(tiles * kTile * depth * k.element, 64) * 64;
   const int64_t sum_bytes = needs_sums ? tiles * kTile * f.groups * 4 : 0;
+  const bool in_place = f.kind == kInteger && f.bits <= 4 && f.groups && job.pieces == 1 &&
+                        virtual_rows <= k.in_place_rows;
+  const int64_t base_bytes = in_place ? tiles * kTile * f.groups * 4 : 0;
   Scratch scratch;
-  uint8_t* memory = static_cast<uint8_t*>(scratch.get(packed_bytes + sum_bytes));
+  uint8_t* memory = static_cast<uint8_t*>(scratch.get(packed_bytes + sum_bytes + base_bytes));
   if (memory == nullptr) return kNoMemory;
   job.packed = memory;
   job.sums = needs_sums ? reinterpret_cast<float*>(memory + packed_bytes) : nullptr;
+  job.bases = in_place ? reinterpret_cast<float*>(memory + packed_bytes + sum_bytes) : nullptr;
   const int64_t tile_work = kTile * depth;
   parallel(rt, tiles, ceil_div(kWorthAThread * 4, tile_work),
            [&](int64_t b, int64_t e) { k.prepare(job, b, e); });

@@ -19,7 +19,7 @@ constexpr int kZeroBias = 128;     // its place in the header, in floats
 constexpr int kSegment = 128;      // inputs summed before they meet their scale
 constexpr int kMeta = 8;           // integers that describe a weight
 
-enum Kind { kInteger = 0, kE4M3 = 1, kTable = 2 };
+enum Kind { kInteger = 0, kE4M3 = 1, kTable = 2 };  // whole numbers, E4M3, any table
 enum Scale { kScaleNone, kScaleF16, kScaleBF16, kScaleF32, kScaleE8M0, kScaleE4M3, kScaleUE5M3 };
 enum DType { kF32 = 0, kF16 = 1, kBF16 = 2 };
 

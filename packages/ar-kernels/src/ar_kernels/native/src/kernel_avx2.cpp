@@ -5,7 +5,7 @@
 
 namespace ar {
 
-extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},    4,             prepare<V256>,
+extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},    4, 0, prepare<V256>,
                               multiply<V256>, expand<V256>, read_all<V256>};
 
 }  // namespace ar

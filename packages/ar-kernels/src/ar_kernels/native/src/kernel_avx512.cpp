@@ -9,7 +9,7 @@ void expand_avx512(const Job& job, int64_t origin, int64_t begin, int64_t end) {
   expand<V512>(job, origin, begin, end);
 }
 
-extern const Kernels kAvx512 = {"avx512",       {1, 1, 1},     4,             prepare<V512>,
+extern const Kernels kAvx512 = {"avx512",       {1, 1, 1},     4, 0, prepare<V512>,
                                 multiply<V512>, expand_avx512, read_all<V512>};
 
 }  // namespace ar

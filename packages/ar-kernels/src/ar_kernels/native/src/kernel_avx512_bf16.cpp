@@ -3,6 +3,10 @@
 // Every code is a whole number or a small float that bf16 holds exactly, so a table turns codes
 // into weights and the scale meets the float32 sum of its group. A row of fp16 or fp32 is two or
 // three rows of bf16 that add up to it exactly; they share the decoding.
+//
+// For a row or two of bf16, narrow integers are read in place: with the upper bits of 128.0 around
+// it, a code at bit r of a lane is the number 128 + 2^r * code, one operation away. Inputs are
+// divided by 2^r beforehand, and what the 128 add is subtracted from the sum of each group.
 #include "v512.h"
 
 #include "kernel_f32.h"
@@ -11,6 +15,8 @@ namespace ar {
 namespace {
 
 using V = V512;
+
+constexpr int kInPlaceRows = 2;
 
 struct Tables {
   __m512i t[4];  // lanes of 2 to 6 bits: t[0], t[1]; bytes: low halves of 0-63, 64-127, then high
@@ -75,17 +81,42 @@ AR_INLINE __m512bh weights(const uint8_t* block, const Tables& t) {
   }
 }
 
+// How far a field's lanes are shifted before its code is read in place, and the bit where it then
+// begins: it must end below bit 7, and fields share shifts where they can.
+constexpr int in_place_shift(int bits, int field) {
+  if (is_spread(bits, field)) return 0;
+  const int at = place(bits, field).shift;
+  return bits == 4 ? at : at / 6 * 6;
+}
+
+constexpr int in_place_bit(int bits, int field) {
+  return is_spread(bits, field) ? 0 : place(bits, field).shift - in_place_shift(bits, field);
+}
+
+template <int BITS, int F>
+AR_INLINE __m512bh in_place(const uint8_t* block) {
+  constexpr int shift = in_place_shift(BITS, F), bit = in_place_bit(BITS, F);
+  __m512i v;
+  if constexpr (is_spread(BITS, F)) v = lanes<BITS, F>(block);
+  else v = load(block + 64 * place(BITS, F).reg);
+  if constexpr (shift > 0) v = _mm512_srli_epi16(v, shift);
+  const __m512i mask = _mm512_set1_epi16(short(((1 << BITS) - 1) << bit));
+  return __m512bh(_mm512_ternarylogic_epi32(v, mask, _mm512_set1_epi16(0x4300), 0xea));
+}
+
 AR_INLINE __m512 dot(__m512 acc, __m512bh w, uint32_t pair) {
   return _mm512_dpbf16_ps(acc, w, __m512bh(_mm512_set1_epi32(int(pair))));
 }
 
 // Sums of fields [BEGIN, BEGIN + 8) of the four blocks of a strip.
-template <int BITS, int ROWS, int SETS, int BEGIN>
+template <int BITS, int ROWS, int SETS, bool IN_PLACE, int BEGIN>
 AR_INLINE void add_half(const uint8_t* block, const uint32_t* x, const Tables& t,
                         __m512 (&acc)[SETS][ROWS][4]) {
   const auto step = [&](auto f, auto c) AR_FORCED {
     constexpr int F = decltype(f)::value, C = decltype(c)::value;
-    const __m512bh w = weights<BITS, F>(block + C * 64 * BITS, t);
+    __m512bh w;
+    if constexpr (IN_PLACE) w = in_place<BITS, F>(block + C * 64 * BITS);
+    else w = weights<BITS, F>(block + C * 64 * BITS, t);
     for (int m = 0; m < ROWS; ++m)
       acc[F % SETS][m][C] = dot(acc[F % SETS][m][C], w, x[F * ROWS + m]);
   };
@@ -100,7 +131,7 @@ AR_INLINE void add_half(const uint8_t* block, const uint32_t* x, const Tables& t
   }
 }
 
-template <int BITS, int ROWS>
+template <int BITS, int ROWS, bool IN_PLACE>
 void few_rows_bf16(const Job& job, int64_t strip, const Tables& t, float* sums) {
   constexpr int SETS = ROWS <= 2 ? 2 : 1;
   constexpr int64_t kBytes = 4 * 64 * BITS;
@@ -115,16 +146,21 @@ void few_rows_bf16(const Job& job, int64_t strip, const Tables& t, float* sums) 
       const uint8_t* block = rec.codes + u / 2 * kBytes;
       const uint32_t* pairs = x + u / 2 * kFields * ROWS;
       if (u & 1) {
-        add_half<BITS, ROWS, SETS, 8>(block, pairs, t, acc);
+        add_half<BITS, ROWS, SETS, IN_PLACE, 8>(block, pairs, t, acc);
       } else {
         // the hardware does not follow a stream from one page to the next
         for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(block + 4 * kBytes + i, _MM_HINT_T0);
-        add_half<BITS, ROWS, SETS, 0>(block, pairs, t, acc);
+        add_half<BITS, ROWS, SETS, IN_PLACE, 0>(block, pairs, t, acc);
       }
     }
     if constexpr (SETS == 2)
       for (int m = 0; m < ROWS; ++m)
         for (int c = 0; c < 4; ++c) acc[0][m][c] = _mm512_add_ps(acc[0][m][c], acc[1][m][c]);
+    if constexpr (IN_PLACE)
+      for (int m = 0; m < ROWS && s.first; ++m) {
+        const __m512 base = _mm512_set1_ps(job.bases[s.group * ROWS + m]);
+        for (int c = 0; c < 4; ++c) acc[0][m][c] = _mm512_sub_ps(acc[0][m][c], base);
+      }
     const float* x_sums = group_sums(job, s, 0, ROWS);
     flush<V, ROWS, 4>(rec, s.group, 0, x_sums, acc[0], sums);
   });
@@ -204,7 +240,10 @@ void multiply_bits(const Job& job, int64_t begin, int64_t end) {
     alignas(64) float sums[kTile * kStrip] = {};
     unrolled<1, kTile + 1>([&](auto r) {
       constexpr int ROWS = decltype(r)::value;
-      if (rows == ROWS) few_rows_bf16<BITS, ROWS>(job, strip, t, sums);
+      if (rows != ROWS) return;
+      if constexpr (BITS <= 4 && ROWS <= kInPlaceRows)
+        if (job.bases) return few_rows_bf16<BITS, ROWS, true>(job, strip, t, sums);
+      few_rows_bf16<BITS, ROWS, false>(job, strip, t, sums);
     });
     finish<V>(job, strip, 0, job.rows, sums);
   }
@@ -221,13 +260,36 @@ void multiply_bf16(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
+// What the inputs of one half of a block are multiplied by where codes are read in place.
+struct Powers {
+  __m512 of[2];
+};
+
+template <int BITS>
+Powers in_place_powers() {
+  alignas(64) float power[32];
+  unrolled<0, 16>([&](auto f) {
+    constexpr int F = decltype(f)::value;
+    power[2 * F] = power[2 * F + 1] = 1.0f / (1 << in_place_bit(BITS, F));
+  });
+  return Powers{{V::load(power), V::load(power + 16)}};
+}
+
+Powers powers(int bits) {
+  return bits == 2 ? in_place_powers<2>() : bits == 3 ? in_place_powers<3>() : in_place_powers<4>();
+}
+
 // Rows of x as packed[tile][pair of inputs][virtual row], and the sums of virtual rows over groups.
 void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
   const Format& f = job.format;
   const int64_t depth = f.blocks * kDepth, pairs = depth / 2;
   const int64_t per = kTile / job.pieces;
+  const Powers power = powers(f.bits);
+  // without zero points, the table begins with minus the one of all groups
+  const float zero = f.zero ? 0.0f : -reinterpret_cast<const float*>(job.blob)[0];
   for (int64_t t = begin; t < end; ++t) {
     const int n = tile_rows(job, t);
+    if (job.bases) memset(job.bases + t * kTile * f.groups, 0, sizeof(float) * n * f.groups);
     uint32_t* out = static_cast<uint32_t*>(job.packed) + t * kTile * pairs;
     float* sums = job.sums ? job.sums + t * kTile * f.groups : nullptr;
     if (sums) memset(sums, 0, sizeof(float) * n * f.groups);
@@ -245,6 +307,14 @@ void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
             memcpy(last, static_cast<const uint8_t*>(job.x) + (row + k) * width, left * width);
           rest = V::read(last, job.dtype, 0);
         }
+        if (job.bases) {
+          const __m512 small = _mm512_mul_ps(rest, power.of[k / kUnit & 1]);
+          if (k / f.group < f.groups)
+            job.bases[t * kTile * f.groups + k / f.group * n + m] +=
+                V::sum(V::fma(V::set(zero), rest, V::mul(V::set(128.0f), small)));
+          if (sums && k / f.group < f.groups) sums[k / f.group * n + m] += V::sum(rest);
+          rest = small;
+        }
         for (int p = 0; p < job.pieces; ++p) {
           const __m256i half = __m256i(_mm512_cvtneps_pbh(rest));
           const __m512 piece = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -254,7 +324,7 @@ void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
           alignas(32) uint32_t eight[8];
           _mm256_store_si256(reinterpret_cast<__m256i*>(eight), half);
           for (int i = 0; i < 8; ++i) out[(k / 2 + i) * n + m + p] = eight[i];
-          if (sums && k / f.group < f.groups)
+          if (sums && !job.bases && k / f.group < f.groups)
             sums[k / f.group * n + m + p] += V::sum(piece);
         }
       }
@@ -264,7 +334,7 @@ void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1},     4,
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1}, 4, kInPlaceRows,
                                     prepare_bf16,  multiply_bf16, expand_avx512, read_all<V>};
 
 }  // namespace ar

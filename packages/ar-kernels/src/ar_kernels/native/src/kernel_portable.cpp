@@ -44,7 +44,7 @@ void expand(const Job& job, int64_t origin, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const Kernels kPortable = {"portable", {1, 1, 1}, 4,           prepare<V1>,
-                                  multiply,   expand,    read_all<V1>};
+extern const Kernels kPortable = {"portable", {1, 1, 1}, 4,        0,
+                                  prepare<V1>, multiply,  expand,   read_all<V1>};
 
 }  // namespace ar

@@ -23,6 +23,7 @@ struct Job {
   int64_t y_stride;
   void* packed;          // x as the kernel reads it
   float* sums;           // sums of x over groups, one for each group and virtual row, or null
+  float* bases;          // where codes are read in place: what each group adds too much, or null
 };
 
 // What is added to every zero point; weights without groups have neither.
@@ -34,6 +35,7 @@ struct Kernels {
   const char* name;
   int pieces[3];     // virtual rows for a row of fp32, fp16, bf16
   int element;       // bytes of a packed input of one virtual row
+  int in_place_rows; // most rows for which narrow integers are read in place (see Job::bases)
   void (*prepare)(const Job&, int64_t tile_begin, int64_t tile_end);
   void (*multiply)(const Job&, int64_t strip_begin, int64_t strip_end);
   // Writes features [strip_begin * 64, ...) to y as rows of `y_stride` values of type `dtype`,

@@ -1,0 +1,223 @@
+// Runs every entry point on buffers of exactly the size they need, for every instruction set,
+// width, kind and many shapes, against products computed here in double. Built with sanitizers by
+// sanitize.py. Prints what differs; returns how many did.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <vector>
+
+#include "../../src/ar_kernels/native/src/api.h"
+
+namespace {
+
+struct Shape { int64_t rows, columns, group; };
+constexpr Shape kShapes[] = {{1, 1, 0},    {3, 33, 0},   {64, 32, 32},  {65, 96, 96},
+                             {80, 80, 16}, {17, 144, 16}, {130, 320, 32}, {66, 512, 256}};
+constexpr int kBits[] = {2, 3, 4, 5, 6, 8};
+constexpr int64_t kCounts[] = {0, 1, 2, 3, 5, 7, 16, 19, 100};
+int failures = 0;
+
+uint32_t state = 1;
+uint32_t next() { return state = state * 1664525u + 1013904223u, state >> 8; }
+float value() { return float(int(next() % 2001) - 1000) / 500.0f; }
+
+void expect(bool good, const char* what, int64_t isa, int bits, const Shape& s, int64_t count) {
+  if (good) return;
+  ++failures;
+  printf("%s: isa %d, %d bits, %dx%d group %d, %d rows\n", what, int(isa), bits, int(s.rows),
+         int(s.columns), int(s.group), int(count));
+}
+
+// A buffer whose end is the end of an allocation, so that a byte too far is seen.
+template <class T>
+std::vector<T> exactly(size_t n) {
+  std::vector<T> v(n);
+  v.shrink_to_fit();
+  return v;
+}
+
+double as_double(const std::vector<uint8_t>& bytes, size_t i, int dtype) {
+  if (dtype == 0) {
+    float v;
+    memcpy(&v, bytes.data() + 4 * i, 4);
+    return v;
+  }
+  uint16_t h;
+  memcpy(&h, bytes.data() + 2 * i, 2);
+  if (dtype == 2) {
+    const uint32_t u = uint32_t(h) << 16;
+    float v;
+    memcpy(&v, &u, 4);
+    return v;
+  }
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  const double magnitude =
+      exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+  return h & 0x8000 ? -magnitude : magnitude;
+}
+
+// Small multiples of 1/8, which every type holds exactly.
+void put(std::vector<uint8_t>& bytes, size_t i, int dtype, float v) {
+  uint32_t u;
+  memcpy(&u, &v, 4);
+  if (dtype == 0) {
+    memcpy(bytes.data() + 4 * i, &u, 4);
+    return;
+  }
+  uint16_t h = uint16_t(u >> 16);
+  if (dtype == 1) {
+    const uint32_t rest = u & 0x7fffffff;
+    h = rest ? uint16_t((u >> 16 & 0x8000) | ((rest - (112u << 23)) >> 13)) : uint16_t(0);
+  }
+  memcpy(bytes.data() + 2 * i, &h, 2);
+}
+
+struct Case {
+  int64_t isa;
+  int bits, kind;
+  bool zero;
+  Shape shape;
+  int64_t experts;
+};
+
+void run(const Case& c) {
+  const ar_runtime runtime{nullptr, c.isa};
+  const Shape& s = c.shape;
+  const int64_t scale = s.group ? 3 : 0;
+  const int64_t meta[8] = {s.rows, s.columns, s.group, c.bits, c.kind, scale, c.zero, c.experts};
+  int64_t sizes[6];
+  expect(ar_sizes(meta, sizes) == 0, "sizes", c.isa, c.bits, s, 0);
+  auto blob = exactly<uint8_t>(sizes[0]);
+  float header[129] = {};
+  const int entries = c.bits == 8 ? 128 : 1 << c.bits;
+  const int lowest = c.bits == 8 ? 0 : c.kind == 0 ? (c.zero ? 0 : entries / 2) : entries / 3;
+  for (int i = 0; i < 128; ++i)
+    header[i] = c.kind != 0 ? float(i % entries - lowest) / 4
+                : c.bits == 8 ? i + 0.5f : float(i % entries - lowest);
+  header[128] = c.zero ? 1.0f : 0.0f;
+  memcpy(blob.data(), header, sizeof header);
+  const int64_t strips = (s.rows + 63) / 64;
+  const int64_t groups = s.group ? (s.columns + s.group - 1) / s.group : 0;
+  for (int64_t i = 0; i < strips * c.experts; ++i) {
+    uint8_t* at = blob.data() + sizes[1] + i * sizes[2];
+    for (int n = 0; n < 64; ++n) {
+      const float factor = 0.5f + n / 64.0f;
+      memcpy(at + 4 * n, &factor, 4);
+    }
+    for (int64_t j = 0; j < groups * 64; ++j) {
+      const float v = value();
+      memcpy(at + sizes[3] + 4 * j, &v, 4);
+      if (c.zero) at[sizes[4] + j] = uint8_t(next() % 8);
+    }
+  }
+  auto codes = exactly<uint8_t>(s.rows * s.columns * c.experts);
+  for (auto& code : codes) code = uint8_t(next() & ((1u << c.bits) - 1));
+  expect(ar_pack(&runtime, meta, codes.data(), codes.size(), blob.data(), blob.size()) == 0,
+         "pack", c.isa, c.bits, s, 0);
+  const ar_weight weight{meta, blob.data(), int64_t(blob.size())};
+  auto back = exactly<uint8_t>(codes.size());
+  expect(ar_unpack(&runtime, &weight, back.data(), back.size()) == 0 && back == codes, "unpack",
+         c.isa, c.bits, s, 0);
+
+  auto dense = exactly<double>(codes.size());
+  for (int64_t e = 0; e < c.experts; ++e)
+    for (int64_t n = 0; n < s.rows; ++n)
+      for (int64_t k = 0; k < s.columns; ++k) {
+        const uint32_t code = codes[(e * s.rows + n) * s.columns + k];
+        double v = c.bits < 8 ? header[code] : code & 128 ? -header[code & 127] : header[code];
+        if (c.bits == 8 && c.kind == 0) v = code - 127.5;
+        const uint8_t* at = blob.data() + sizes[1] + (e * strips + n / 64) * sizes[2];
+        float factor, group_scale = 1;
+        memcpy(&factor, at + 4 * (n % 64), 4);
+        if (s.group) {
+          const int64_t j = k / s.group * 64 + n % 64;
+          memcpy(&group_scale, at + sizes[3] + 4 * j, 4);
+          if (c.zero) v -= at[sizes[4] + j] + 1.0;
+        }
+        dense[(e * s.rows + n) * s.columns + k] = v * factor * group_scale;
+      }
+  if (c.experts == 1)
+    for (int dtype = 0; dtype < 3; ++dtype) {
+      const int width = dtype ? 2 : 4;
+      auto out = exactly<uint8_t>(s.rows * s.columns * width);
+      expect(ar_expand(&runtime, &weight, 0, s.rows, dtype, out.data(), out.size()) == 0, "expand",
+             c.isa, c.bits, s, 0);
+      bool good = true;
+      for (size_t i = 0; i < dense.size(); ++i)
+        good &= fabs(as_double(out, i, dtype) - dense[i]) <= 0.005 * fabs(dense[i]) + 1e-4;
+      expect(good, "expanded values", c.isa, c.bits, s, 0);
+    }
+  for (const int64_t count : kCounts)
+    for (int dtype = 0; dtype < 3; ++dtype) {
+      const int width = dtype ? 2 : 4;
+      const int64_t stride = s.columns + 3;
+      auto x = exactly<uint8_t>(count ? ((count - 1) * stride + s.columns) * width : 0);
+      for (int64_t i = 0; i < int64_t(x.size()) / width; ++i)
+        put(x, i, dtype, float(int(next() % 17) - 8) / 8);
+      auto bias = exactly<float>(s.rows * c.experts);
+      for (auto& b : bias) b = value();
+      auto y = exactly<uint8_t>(count * s.rows * width);
+      const ar_product product{x.data(), int64_t(x.size()), count, stride, dtype,
+                               bias.data(), y.data(), int64_t(y.size())};
+      auto offsets = exactly<int64_t>(c.experts + 1);
+      for (int64_t e = 0; e <= c.experts; ++e) offsets[e] = e == 1 ? count / 3 : count * e / c.experts;
+      offsets[c.experts] = count;
+      const int32_t status =
+          c.experts == 1 ? ar_multiply(&runtime, &weight, &product)
+                         : ar_multiply_experts(&runtime, &weight, &product, offsets.data(),
+                                               int64_t(offsets.size()));
+      expect(status == 0, "multiply", c.isa, c.bits, s, count);
+      bool good = true;
+      for (int64_t m = 0; m < count; ++m) {
+        int64_t e = 0;
+        while (m >= offsets[e + 1]) ++e;
+        for (int64_t n = 0; n < s.rows; ++n) {
+          double sum = bias[e * s.rows + n], size = fabs(sum);
+          for (int64_t k = 0; k < s.columns; ++k) {
+            const double term = as_double(x, m * stride + k, dtype) *
+                                dense[(e * s.rows + n) * s.columns + k];
+            sum += term;
+            size += fabs(term);
+          }
+          const double found = as_double(y, m * s.rows + n, dtype);
+          good &= fabs(found - sum) <= (dtype ? 0.005 : 2e-5) * fabs(sum) + 2e-4 * size + 1e-4;
+        }
+      }
+      expect(good, "product", c.isa, c.bits, s, count);
+    }
+  // one byte less than needed is refused, not read
+  const ar_weight less{meta, blob.data(), int64_t(blob.size()) - 1};
+  expect(ar_unpack(&runtime, &less, back.data(), back.size()) != 0, "short blob", c.isa, c.bits, s, 0);
+  expect(ar_unpack(&runtime, &weight, back.data(), back.size() - 1) != 0, "short codes", c.isa,
+         c.bits, s, 0);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && !strcmp(argv[1], "quick");
+  for (int64_t isa = 0; isa < 4; ++isa) {
+    if (!ar_runs(isa)) {
+      printf("isa %d does not run here\n", int(isa));
+      continue;
+    }
+    const int before = failures;
+    for (const int bits : kBits)
+      for (const Shape& shape : kShapes)
+        for (const bool zero : {false, true}) {
+          if (zero && !shape.group) continue;
+          if (quick && bits != 4 && bits != 3) continue;
+          run(Case{isa, bits, bits == 8 && !zero ? 2 : 0, zero, shape, 1});
+          run(Case{isa, bits, 2, zero, shape, 3});
+        }
+    auto buffer = exactly<uint8_t>(5000);
+    const ar_runtime runtime{nullptr, isa};
+    float sum = 0;
+    expect(ar_read(&runtime, buffer.data(), buffer.size(), &sum) == 0 && sum == 0, "read", isa, 0,
+           kShapes[0], 0);
+    printf("%s: %d failures\n", ar_isa_name(isa), failures - before);
+  }
+  return failures != 0;
+}
