@@ -87,6 +87,7 @@ class QuantLinear(nn.Module):
         self.backend: str | None = None
         self._prefer: str | None = None
         self._ready: tuple[str, ...] = ()
+        self._keys: tuple[str, ...] = ()
         self._meta: list[int] = []
         self._quantizes: list[int] | None = None
         self._released: tuple[str, ...] = ()
@@ -153,7 +154,7 @@ class QuantLinear(nn.Module):
     def device(self) -> torch.device:
         """Device of the packed tensors."""
         names = (*self._facts, *self._ready)
-        return next(b for name in names if (b := self._buffers[name]) is not None).device
+        return next(b for name in names if (b := self._buffers.get(name)) is not None).device
 
     def quantized(self) -> QuantizedWeight:
         """Return the weight, read from the packed tensors or from those of the backend.
@@ -199,7 +200,7 @@ class QuantLinear(nn.Module):
             order = order.to(self.device).long()
             self.register_buffer(_READY + _ORDER, order, persistent=False)
         for key, tensor in packed.buffers.items():
-            self.register_buffer(_READY + key, tensor, persistent=False)
+            self.register_buffer(_ready(key), tensor, persistent=False)
         if self.activation is not None and choice.need.activation is None:
             self._quantizes = list(encode_meta(self.activation, ()))
             ranges = _ranges(weight.extra)
@@ -208,7 +209,8 @@ class QuantLinear(nn.Module):
                 raise KernelError(msg)
             for key, tensor in ranges.items():
                 self.register_buffer(_READY + key, tensor.to(self.device), persistent=False)
-        self._ready = tuple(_READY + key for key in packed.buffers)
+        self._keys = tuple(packed.buffers)
+        self._ready = tuple(map(_ready, self._keys))
         self._meta = list(packed.meta)
         self._prefer = prefer
         self.backend = backend.name
@@ -217,7 +219,7 @@ class QuantLinear(nn.Module):
             codes = max(self._facts, key=lambda k: self._buffer(k).nbytes)
             self._released = tuple(k for k in self._facts if k == codes or k in _SCALES)
             for suffix in self._released:
-                self._buffers[suffix] = None
+                del self._buffers[suffix]  # torch 2.13 cannot export a buffer that is None
 
     def need(self) -> Need:
         """Return what the layer asks of a backend."""
@@ -266,16 +268,14 @@ class QuantLinear(nn.Module):
         assert self.backend is not None
         backend = registry.backend(self.backend)
         assert isinstance(backend, ExactBackend)
-        cut = len(_READY)
-        packed = PackedWeight(
-            {name[cut:]: self._buffer(name) for name in self._ready}, tuple(self._meta)
-        )
+        held = dict(zip(self._keys, map(self._buffer, self._ready), strict=True))
+        packed = PackedWeight(held, tuple(self._meta))
         weight = backend.unpack(packed, self._packed_for)
         extra = dict(weight.extra)
         for suffix in self._facts:
-            held = self._buffers[suffix]
-            if suffix in _RANGES and held is not None:
-                extra[suffix] = held.float().reshape(1)
+            found = self._buffers.get(suffix)
+            if suffix in _RANGES and found is not None:
+                extra[suffix] = found.float().reshape(1)
         order = self._buffers.get(_READY + _ORDER)
         if order is not None:
             extra[CHANNEL_ORDER] = order.int()
@@ -344,6 +344,11 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if was_ready:
             self.prepare(self._prefer)
+
+
+def _ready(key: str) -> str:
+    """Return the name of the buffer that holds a backend's tensor; modules allow no dots."""
+    return _READY + key.replace(".", "_")
 
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
