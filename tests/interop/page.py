@@ -51,6 +51,18 @@ than {tolerance} counts as a difference.
 """
 
 
+_FOREIGN = """
+## Checkpoints that others made, opened here
+
+Written by `tests/interop/foreign.py`: made and run by the project named, then run by ar-kernels
+(backend `dense`, same type) on the same machine. `same (x)`: x is ||ours - theirs|| / ||theirs||
+over the logits of 48 tokens, quantized activations included.
+
+| checkpoint | made by | quantized layers | type | outcome |
+|---|---|---|---|---|
+"""
+
+
 def page(work: Path, pythons: Mapping[str, str | None]) -> tuple[str, list[str]]:
     """Return the page, and the rows that are a fault of ours."""
     results = json.loads((work / "interop.json").read_text())
@@ -68,7 +80,20 @@ def page(work: Path, pythons: Mapping[str, str | None]) -> tuple[str, list[str]]
         found = [json.loads(path.read_text()) for path in scores]
         text += _scores(found)
         bad += [f"{s['model']} {r['type']}" for s in found for r in s["rows"] if not fine(r)]
+    foreign = work / "foreign.json"
+    if foreign.is_file():
+        text += foreign_section(json.loads(foreign.read_text()))
     return text, bad
+
+
+def foreign_section(outcomes: Mapping[str, Any]) -> str:
+    """Return the section on checkpoints that others made."""
+    out = _FOREIGN
+    for name, row in outcomes.items():
+        layers = f"{row['layers']} ({', '.join(row['kinds'])})" if "layers" in row else ""
+        kind = str(row.get("dtype", "")).removeprefix("torch.")
+        out += f"| {name} | {row['by']} | {layers} | {kind} | {row['outcome']} |\n"
+    return out
 
 
 def fine(row: Mapping[str, Any]) -> bool:

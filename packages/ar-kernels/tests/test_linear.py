@@ -89,9 +89,9 @@ def test_channels_grouped_in_activation_order_meet_their_own_weights(backend) ->
     state = {k: v.clone() for k, v in made.state_dict().items()}
     expected = made.quantized().dequantize()
     made.prepare(backend)
-    x = torch.randn(4, 96)
-    close = {"rtol": 0.02, "atol": 0.05} if backend == "cpu_aten" else {}
-    torch.testing.assert_close(made(x), x @ expected.t(), **close)
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
+    error = (made(x) - x @ expected.t()).norm() / (x @ expected.t()).norm()
+    assert error < (8e-3 if backend == "cpu_aten" else 1e-6)
     assert torch.equal(made.quantized().dequantize(), expected)
     assert all(torch.equal(made.state_dict()[k], state[k]) for k in state)
 
@@ -103,7 +103,7 @@ def test_codes_a_backend_keeps_are_let_go_and_come_back(layout) -> None:
     size = sum(b.nbytes for b in made.buffers())
     made.prepare("reference")
     codes = max(state, key=lambda k: state[k].nbytes)
-    assert getattr(made, codes) is None
+    assert codes not in dict(made.named_buffers())
     assert sum(b.nbytes for b in made.buffers()) < size + weight().codes.nbytes
     for moved in (made, made.to(torch.bfloat16), made.to("cpu").half()):
         after = moved.state_dict()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _READY = "ready_"
 _STATIC, _ZERO, _ORDER = "static", "static_zero", "order"
+_SCALES = ("scales", "weight_scale", "weight_scale_inv")
 _RANGES = {"input_scale": _STATIC, "input_global_scale": _STATIC, "input_zero_point": _ZERO}
 """Names in `QuantizedWeight.extra` to what `ops.quantize_input` calls them."""
 
@@ -35,7 +36,7 @@ class QuantLinear(nn.Module):
     Its state dict holds exactly the tensors of a checkpoint (`qweight`, `scales`, ... as the
     layout says, and `bias`), so loading and saving never change a bit. `prepare` puts beside
     them what a backend computes with; that never reaches a state dict. Where the backend keeps
-    the codes, those of the checkpoint are let go and made again when they are asked for.
+    the codes, those of the checkpoint and their scales are let go and made again when asked for.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class QuantLinear(nn.Module):
         self.backend: str | None = None
         self._prefer: str | None = None
         self._ready: tuple[str, ...] = ()
+        self._keys: tuple[str, ...] = ()
         self._meta: list[int] = []
         self._quantizes: list[int] | None = None
-        self._released: str | None = None
+        self._released: tuple[str, ...] = ()
         self._foretold = {**optional_of(found), **found.facts(spec, rows, columns)}
         self._facts: dict[str, TensorFact] = found.facts(spec, rows, columns)
         self._facts |= {k: v for k, v in (stored or {}).items() if k in self._foretold}
@@ -151,7 +153,8 @@ class QuantLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the packed tensors."""
-        return next(b for k in self._facts if (b := self._buffers[k]) is not None).device
+        names = (*self._facts, *self._ready)
+        return next(b for name in names if (b := self._buffers.get(name)) is not None).device
 
     def quantized(self) -> QuantizedWeight:
         """Return the weight, read from the packed tensors or from those of the backend.
@@ -159,7 +162,7 @@ class QuantLinear(nn.Module):
         Raises:
             KernelError: the packed tensors contradict the spec.
         """
-        if self._released is not None:
+        if self._released:
             return self._unpacked()
         packed = {k: _as(self._buffer(k), self._foretold[k]) for k in self._facts}
         return registry.layout(self.layout).unpack(packed, self.spec, self.rows, self.columns)
@@ -197,7 +200,7 @@ class QuantLinear(nn.Module):
             order = order.to(self.device).long()
             self.register_buffer(_READY + _ORDER, order, persistent=False)
         for key, tensor in packed.buffers.items():
-            self.register_buffer(_READY + key, tensor, persistent=False)
+            self.register_buffer(_ready(key), tensor, persistent=False)
         if self.activation is not None and choice.need.activation is None:
             self._quantizes = list(encode_meta(self.activation, ()))
             ranges = _ranges(weight.extra)
@@ -206,14 +209,17 @@ class QuantLinear(nn.Module):
                 raise KernelError(msg)
             for key, tensor in ranges.items():
                 self.register_buffer(_READY + key, tensor.to(self.device), persistent=False)
-        self._ready = tuple(_READY + key for key in packed.buffers)
+        self._keys = tuple(packed.buffers)
+        self._ready = tuple(map(_ready, self._keys))
         self._meta = list(packed.meta)
         self._prefer = prefer
         self.backend = backend.name
         self._packed_for = choice.need
-        if isinstance(backend, ExactBackend):  # it holds the codes: one copy is enough
-            self._released = max(self._facts, key=lambda k: self._buffer(k).nbytes)
-            self._buffers[self._released] = None
+        if isinstance(backend, ExactBackend):  # it holds codes and scales: one copy is enough
+            codes = max(self._facts, key=lambda k: self._buffer(k).nbytes)
+            self._released = tuple(k for k in self._facts if k == codes or k in _SCALES)
+            for suffix in self._released:
+                del self._buffers[suffix]  # torch 2.13 cannot export a buffer that is None
 
     def need(self) -> Need:
         """Return what the layer asks of a backend."""
@@ -262,48 +268,43 @@ class QuantLinear(nn.Module):
         assert self.backend is not None
         backend = registry.backend(self.backend)
         assert isinstance(backend, ExactBackend)
-        cut = len(_READY)
-        packed = PackedWeight(
-            {name[cut:]: self._buffer(name) for name in self._ready}, tuple(self._meta)
-        )
+        held = dict(zip(self._keys, map(self._buffer, self._ready), strict=True))
+        packed = PackedWeight(held, tuple(self._meta))
         weight = backend.unpack(packed, self._packed_for)
         extra = dict(weight.extra)
         for suffix in self._facts:
-            held = self._buffers[suffix]
-            if suffix in _RANGES and held is not None:
-                extra[suffix] = held.float().reshape(1)
+            found = self._buffers.get(suffix)
+            if suffix in _RANGES and found is not None:
+                extra[suffix] = found.float().reshape(1)
         order = self._buffers.get(_READY + _ORDER)
         if order is not None:
             extra[CHANNEL_ORDER] = order.int()
         return replace(weight, extra=extra)
 
-    def _codes(self) -> Tensor:
-        """Return the packed codes as the checkpoint holds them, after they were let go."""
-        assert self._released is not None
-        weight = self._unpacked()
-        if weight.zero_point is not None:
-            # codes do not depend on it, and files may hold one that their layout cannot write
-            weight = replace(weight, zero_point=torch.ones_like(weight.zero_point))
-        fact = self._facts[self._released]
-        packed = registry.layout(self.layout).pack(weight)[self._released]
-        return packed.view(fact.dtype).reshape(fact.shape)
+    def _remade(self) -> dict[str, Tensor]:
+        """Return the tensors that were let go, as the checkpoint holds them."""
+        if not self._released:
+            return {}
+        with torch.no_grad():
+            weight = self._unpacked()
+            if weight.zero_point is not None:
+                # the others do not depend on it, and files may hold one that their layout
+                # cannot write
+                weight = replace(weight, zero_point=torch.ones_like(weight.zero_point))
+            packed = registry.layout(self.layout).pack(weight)
+            return {k: _stored(packed[k], self._facts[k]) for k in self._released}
 
     def _restore(self) -> None:
-        """Hold the packed codes again."""
-        if self._released is not None:
-            with torch.no_grad():
-                codes = self._codes()
-            self._buffers[self._released] = codes
-            self._released = None
+        """Hold again what was let go."""
+        self._buffers.update(self._remade())
+        self._released = ()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         """Save what a checkpoint holds."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._released is not None:
-            with torch.no_grad():
-                destination[prefix + self._released] = self._codes()
+        destination |= {prefix + suffix: tensor for suffix, tensor in self._remade().items()}
 
     def _release(self) -> None:
         for name in (*self._ready, *(_READY + key for key in (_STATIC, _ZERO, _ORDER))):
@@ -345,6 +346,11 @@ class QuantLinear(nn.Module):
             self.prepare(self._prefer)
 
 
+def _ready(key: str) -> str:
+    """Return the name of the buffer that holds a backend's tensor; modules allow no dots."""
+    return _READY + key.replace(".", "_")
+
+
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on a device, empty where it has no data to bring along."""
     if tensor.device.type == "meta" and device.type != "meta":
@@ -365,6 +371,14 @@ def _as(tensor: Tensor, fact: TensorFact) -> Tensor:
     if tuple(tensor.shape) != fact.shape and tensor.numel() == math.prod(fact.shape):
         tensor = tensor.reshape(fact.shape)
     return tensor
+
+
+def _stored(tensor: Tensor, fact: TensorFact) -> Tensor:
+    """Return a tensor of a layout as the checkpoint holds it; the inverse of `_as`."""
+    if tensor.dtype != fact.dtype:
+        same = tensor.dtype.itemsize == fact.dtype.itemsize == 1
+        tensor = tensor.view(fact.dtype) if same else tensor.to(fact.dtype)
+    return tensor.reshape(fact.shape)
 
 
 def _ranges(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:

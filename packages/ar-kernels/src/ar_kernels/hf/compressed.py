@@ -106,6 +106,9 @@ def parse_compressed(config: Mapping[str, Any]) -> CompressedConfig:
     Raises:
         KernelError: a format or arguments that are not known here.
     """
+    if (config.get("transform_config") or {}).get("config_groups"):
+        msg = "transform_config: weights that were rotated or scaled are not known here"
+        raise KernelError(msg)
     whole = str(config.get("format") or "")
     groups = []
     for name, group in (config.get("config_groups") or {}).items():

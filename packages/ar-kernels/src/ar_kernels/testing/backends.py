@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from ar_kernels.backends.base import Backend, ExactBackend, Need, PackedWeight
+from ar_kernels.backends.select import judge
+from ar_kernels.linear import QuantLinear
+from ar_kernels.numerics.activation import fake_quant_activation
 from ar_kernels.ops import quant_linear
-from ar_kernels.registry import backends
+from ar_kernels.registry import backends, layouts
 from ar_kernels.testing.samples import quantized
 from ar_kernels.weight import equal
+from ar_schemes import Granularity, Span, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ar_kernels.weight import QuantizedWeight
-    from ar_schemes import TensorSpec
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 """||y - reference|| / ||reference||: a few units of the type's last place, and for the 16 bit
@@ -133,3 +137,136 @@ class BackendConformance:
         torch.compiler.reset()
         compiled = torch.compile(quant_linear, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x, *args, self.subject.name, need.rows), expected)
+
+    # The rest runs the backend inside a layer, as a model does.
+
+    def layers(self) -> Iterator[tuple[QuantLinear, QuantizedWeight, Need]]:
+        """Yield a layer prepared for the backend, its weight and its need: one of every spec."""
+        if self.subject.name not in backends():
+            pytest.skip(f"{self.subject.name} is not registered in this environment")
+        rows, columns = self.shapes[0]
+        for spec in self.specs:
+            order = layout_for(spec, rows, columns)
+            if order is None:
+                continue
+            weight, dtype = quantized(spec, rows, columns), self.dtypes[0]
+            need = Need(spec, rows, columns, self.device, dtype)
+            layer = QuantLinear.from_weight(weight, layout=order, dtype=dtype).to(self.device)
+            layer.prepare(self.subject.name)
+            yield layer, weight, need
+
+    def test_a_layer_runs_on_it_and_keeps_its_checkpoint(self) -> None:
+        for layer, weight, need in self.layers():
+            assert layer.backend == self.subject.name
+            assert equal(layer.quantized().to("cpu"), weight)
+            state = layer.state_dict()
+            assert all(tensor is not None for tensor in state.values())
+            again = QuantLinear(
+                need.spec,
+                need.rows,
+                need.columns,
+                layout=layer.layout,
+                bias=False,
+                dtype=need.dtype,
+                device=need.device,
+            )
+            again.load_state_dict(state)
+            again.prepare(self.subject.name)
+            x = torch.ones(2, need.columns, dtype=need.dtype, device=need.device)
+            assert torch.equal(again(x), layer(x))
+
+    def test_a_layer_moves_to_another_device_or_type_and_back(self) -> None:
+        for layer, weight, need in self.layers():
+            x = torch.ones(2, need.columns, dtype=need.dtype, device=need.device)
+            before = layer(x)
+            layer.to("cpu").to(need.device)
+            for dtype in self.dtypes:
+                layer.to(dtype)
+                assert layer(x.to(dtype)).dtype == dtype
+            layer.to(need.dtype)
+            assert torch.equal(layer(x), before)
+            assert equal(layer.quantized().to("cpu"), weight)
+
+    def test_the_gradient_of_the_input_is_that_of_the_dequantized_weight(self) -> None:
+        for layer, weight, need in self.layers():
+            generator = torch.Generator().manual_seed(3)
+            x = torch.randn(2, 3, need.columns, generator=generator).to(need.device, need.dtype)
+            grad = torch.randn(2, 3, need.rows, generator=generator).to(need.device, need.dtype)
+            leaf = x.clone().requires_grad_()
+            layer(leaf).backward(grad)
+            assert leaf.grad is not None
+            expected = grad.double().cpu() @ weight.dequantize(torch.float64)
+            error = (leaf.grad.double().cpu() - expected).norm() / expected.norm()
+            assert error <= self.tolerance[need.dtype], need
+
+    def test_quantized_activations_are_quantized_before_the_product_or_in_it(self) -> None:
+        act = TensorSpec(bits=8, granularity=Granularity(Span.TOKEN))
+        for plain, weight, need in self.layers():
+            x = torch.randn(3, need.columns, generator=torch.Generator().manual_seed(4))
+            layer = QuantLinear.from_weight(
+                weight, layout=plain.layout, dtype=need.dtype, activation=act
+            ).to(need.device)
+            if judge(self.subject, layer.need()).hurdle is not None:
+                continue
+            layer.prepare(self.subject.name)
+            given = x.to(need.dtype)
+            fake = fake_quant_activation(given, act)
+            found = layer(given.to(need.device))
+            # the quantized input itself is rounded to the type of the activations
+            allowed = 2 * self.tolerance[need.dtype]
+            assert self.error(found, fake, weight, None) <= allowed, need
+
+    def test_a_layer_runs_in_inference_mode_and_under_autocast(self) -> None:
+        for layer, _, need in self.layers():
+            x = torch.ones(2, need.columns, dtype=need.dtype, device=need.device)
+            expected = layer(x)
+            with torch.inference_mode():
+                assert torch.equal(layer(x), expected)
+            with torch.no_grad(), torch.autocast(need.device, torch.bfloat16):
+                assert layer(x).dtype == need.dtype
+
+    def test_a_layer_compiles_exports_and_trains_an_adapter(self) -> None:
+        found = next(iter(self.layers()), None)
+        if found is None:
+            pytest.skip("no layout holds what it serves")
+        layer, _, need = found
+        x = torch.ones(3, need.columns, dtype=need.dtype, device=need.device)
+        expected = layer(x)
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), expected)
+        exported = torch.export.export(layer, (x,)).module()
+        assert torch.equal(exported(x), expected)
+        adapted = _Adapted(layer, need)
+        adapted(x).square().sum().backward()
+        for factor in (adapted.down, adapted.up):
+            assert factor.grad is not None
+            assert torch.isfinite(factor.grad).all()
+        assert adapted.up.grad is not None
+        assert adapted.up.grad.abs().sum() > 0
+
+
+class _Adapted(nn.Module):
+    """A LoRA adapter of rank 2 before and beside a quantized layer."""
+
+    def __init__(self, layer: QuantLinear, need: Need) -> None:
+        super().__init__()
+        self.layer = layer
+        generator = torch.Generator().manual_seed(5)
+        down = torch.randn(2, need.columns, generator=generator) * 0.1
+        up = torch.randn(need.rows, 2, generator=generator) * 0.1
+        self.down = nn.Parameter(down.to(need.device, need.dtype))
+        self.up = nn.Parameter(up.to(need.device, need.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + x @ self.down.t() @ self.down) + x @ self.down.t() @ self.up.t()
+
+
+def layout_for(spec: TensorSpec, rows: int, columns: int) -> str | None:
+    """Return a layout that holds a weight, without loss and whatever its zero points."""
+    for name, found in layouts().items():
+        if name in ("gptq", "gptq_g_idx") and not spec.symmetric:
+            continue  # version 1 cannot hold a zero point of 0
+        if found.refuses(spec, rows, columns) is None:
+            return name
+    return None
