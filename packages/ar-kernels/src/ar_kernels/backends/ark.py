@@ -11,6 +11,7 @@ from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.four_bits import Parts
 from ar_kernels.backends.probing import lacks, wrong_device
+from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +47,18 @@ class Ark:
     bits: tuple[int, ...]
     asymmetric: bool
     keeps_codes: bool = True
+    install: str = "pip install auto-round-lib"
+
+    @property
+    def support(self) -> Support:
+        """What it supports, as data."""
+        return Support(
+            devices=(self.device,),
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            widths={"int": self.bits},
+            spans=("group", "channel"),
+            asymmetric=self.asymmetric,
+        )
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""

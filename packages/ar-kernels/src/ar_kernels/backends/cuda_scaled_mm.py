@@ -26,6 +26,7 @@ from ar_kernels.backends.scaled_recipes import (
     unpaired,
     unswizzled,
 )
+from ar_kernels.backends.support import Support
 from ar_kernels.weight import KernelError, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -53,6 +54,20 @@ class ScaledMm:
     priority: int = 110
     status: str = "contract-tested with a stand-in for the operator, never run on a GPU"
     keeps_codes: bool = True
+
+    @property
+    def support(self) -> Support:
+        """What it supports, as data; which pairs, `RECIPES` says."""
+        widths: dict[str, tuple[int, ...]] = {}
+        for recipe in RECIPES:
+            widths |= dict.fromkeys(recipe.types, (recipe.bits,))
+        return Support(
+            devices=(self.device,),
+            dtypes=(torch.bfloat16,),
+            widths=widths,
+            asymmetric=False,
+            activations=tuple(widths),
+        )
 
     def missing(self) -> str | None:
         """Return None: it needs torch only."""

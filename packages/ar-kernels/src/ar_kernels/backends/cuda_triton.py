@@ -11,8 +11,10 @@ import torch
 
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.reference import refuses_weight_only
+from ar_kernels.backends.support import Support
 from ar_kernels.triton import packing as packings
 from ar_kernels.triton.packing import Packing
+from ar_kernels.triton.words import SLICE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +43,17 @@ class TritonBackend:
     priority: int
     status: str
     keeps_codes: bool = True
+    install: str = "pip install triton"
+
+    @property
+    def support(self) -> Support:
+        """What it supports, as data."""
+        return Support(
+            devices=(self.device,),
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            widths=packings.WIDTHS,
+            group_step=SLICE,
+        )
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""

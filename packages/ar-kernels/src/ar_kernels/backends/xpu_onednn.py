@@ -14,6 +14,7 @@ from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.four_bits import Parts
 from ar_kernels.backends.probing import has_op, wrong_device
+from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +39,13 @@ class XpuOneDnn:
     def __init__(self, device: str = "xpu") -> None:
         """Take the device type; another than `xpu` where a stand-in is tested."""
         self.device = device
+        self.support = Support(
+            devices=(device,),
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            widths={"int": (2, 3, 4)},
+            spans=("group", "channel"),
+            group_step=_GROUP,
+        )
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
