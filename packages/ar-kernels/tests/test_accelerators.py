@@ -56,6 +56,16 @@ def test_what_was_never_run_says_so(backend: Backend) -> None:
         assert not backend.status.startswith("verified")
 
 
+@pytest.mark.parametrize("backend", ACCELERATORS, ids=lambda b: b.name)
+def test_where_its_device_is_not_it_is_missing(backend: Backend) -> None:
+    assert isinstance(backend, Declares)
+    (device,) = backend.support.devices
+    module = getattr(torch, device, None)
+    if module is not None and module.is_available():
+        pytest.skip(f"there is a {device} here")
+    assert backend.missing() is not None
+
+
 def test_names_and_ranks_are_unlike() -> None:
     for device in ("cuda", "xpu", "cpu", "hpu"):
         ranks = [b.priority for b in ACCELERATORS if device in b.support.devices]

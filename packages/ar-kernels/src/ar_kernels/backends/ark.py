@@ -10,7 +10,7 @@ import torch
 from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.four_bits import Parts
-from ar_kernels.backends.probing import lacks, wrong_device
+from ar_kernels.backends.probing import lacks, lacks_device, wrong_device
 from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class Ark:
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
-        return lacks("auto_round_kernel", package="auto-round-lib")
+        found = lacks("auto_round_kernel", package="auto-round-lib")
+        return found or lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

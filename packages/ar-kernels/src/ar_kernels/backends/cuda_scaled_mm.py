@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.functional import ScalingType
 
 from ar_kernels.backends.base import PackedWeight
-from ar_kernels.backends.probing import capability, wrong_device
+from ar_kernels.backends.probing import capability, lacks_device, wrong_device
 from ar_kernels.backends.reference import decode_meta, encode_meta
 from ar_kernels.backends.scaled_recipes import (
     RECIPES,
@@ -70,8 +70,8 @@ class ScaledMm:
         )
 
     def missing(self) -> str | None:
-        """Return None: it needs torch only."""
-        return None
+        """Return what this machine lacks for it, or None."""
+        return lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

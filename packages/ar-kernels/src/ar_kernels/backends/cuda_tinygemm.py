@@ -8,7 +8,7 @@ import torch
 
 from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
-from ar_kernels.backends.probing import capability, wrong_device
+from ar_kernels.backends.probing import capability, lacks_device, wrong_device
 from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class TinyGemm:
         )
 
     def missing(self) -> str | None:
-        """Return None: it needs torch only."""
-        return None
+        """Return what this machine lacks for it, or None."""
+        return lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

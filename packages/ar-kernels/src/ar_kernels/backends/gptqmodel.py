@@ -12,7 +12,7 @@ import torch
 
 from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
-from ar_kernels.backends.probing import capability, lacks, wrong_device
+from ar_kernels.backends.probing import capability, lacks, lacks_device, wrong_device
 from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Marlin:
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
-        return lacks("gptqmodel")
+        return lacks("gptqmodel") or lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""
@@ -144,7 +144,7 @@ class ExLlama:
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
-        return lacks("gptqmodel")
+        return lacks("gptqmodel") or lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

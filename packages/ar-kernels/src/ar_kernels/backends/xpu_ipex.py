@@ -13,7 +13,7 @@ import torch
 from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.four_bits import Parts
-from ar_kernels.backends.probing import has_op, version, wrong_device
+from ar_kernels.backends.probing import has_op, lacks_device, version, wrong_device
 from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class XpuIpex:
         if found[:2] != _SERIES or built_for != _SERIES:
             have = ".".join(map(str, found))
             return f"torch 2.8 with {_PACKAGE} 2.8, here are {torch.__version__} and {have}"
-        return None
+        return lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

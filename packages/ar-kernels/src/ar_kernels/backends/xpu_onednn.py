@@ -13,7 +13,7 @@ import torch
 from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.four_bits import Parts
-from ar_kernels.backends.probing import has_op, wrong_device
+from ar_kernels.backends.probing import has_op, lacks_device, wrong_device
 from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ class XpuOneDnn:
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
-        return None if has_op(f"aten::{_OP}") else f"a torch with {_OP} (2.8 or newer)"
+        if not has_op(f"aten::{_OP}"):
+            return f"a torch with {_OP} (2.8 or newer)"
+        return lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""
