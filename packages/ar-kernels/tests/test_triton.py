@@ -28,6 +28,10 @@ SPECS = {
     "nvfp4": scheme("NVFP4").weight,
 }
 TARGETS = ("sm80", "sm90", "sm100", "sm120", "gfx942")
+ONE_ROW, TENSOR_CORES = ("int4", 1), ("nvfp4", 64)
+MORE = (("int4-g32-asym", 16), ("fp8", 1), ("int8-channel", 200))
+COMPILED = [(target, *case) for target in TARGETS for case in (ONE_ROW, TENSOR_CORES)]
+COMPILED += [(target, *case) for target in ("sm90", "gfx942") for case in MORE]
 
 
 @needs_triton
@@ -42,16 +46,12 @@ def test_the_kernels_are_right_in_the_interpreter(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
-    assert "skipped" not in done.stdout.splitlines()[-1] or "does not keep" in done.stdout
+    assert "skipped" not in done.stdout.splitlines()[-1]
 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("name", "rows"),
-    [("int4", 1), ("int4-g32-asym", 16), ("nvfp4", 64), ("fp8", 1), ("int8-channel", 200)],
-)
+@pytest.mark.parametrize(("target", "name", "rows"), COMPILED)
 def test_kernels_compile_ahead_of_time_and_fit_shared_memory(
     target: str, name: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

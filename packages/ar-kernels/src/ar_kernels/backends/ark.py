@@ -10,7 +10,8 @@ import torch
 from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.four_bits import Parts
-from ar_kernels.backends.probing import lacks, wrong_device
+from ar_kernels.backends.probing import lacks, lacks_device, wrong_device
+from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,10 +47,23 @@ class Ark:
     bits: tuple[int, ...]
     asymmetric: bool
     keeps_codes: bool = True
+    install: str = "pip install auto-round-lib"
+
+    @property
+    def support(self) -> Support:
+        """What it supports, as data."""
+        return Support(
+            devices=(self.device,),
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            widths={"int": self.bits},
+            spans=("group", "channel"),
+            asymmetric=self.asymmetric,
+        )
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
-        return lacks("auto_round_kernel", package="auto-round-lib")
+        found = lacks("auto_round_kernel", package="auto-round-lib")
+        return found or lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

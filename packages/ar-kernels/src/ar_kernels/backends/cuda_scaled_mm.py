@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.functional import ScalingType
 
 from ar_kernels.backends.base import PackedWeight
-from ar_kernels.backends.probing import capability, wrong_device
+from ar_kernels.backends.probing import capability, lacks_device, wrong_device
 from ar_kernels.backends.reference import decode_meta, encode_meta
 from ar_kernels.backends.scaled_recipes import (
     RECIPES,
@@ -26,6 +26,7 @@ from ar_kernels.backends.scaled_recipes import (
     unpaired,
     unswizzled,
 )
+from ar_kernels.backends.support import Support
 from ar_kernels.weight import KernelError, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -54,9 +55,23 @@ class ScaledMm:
     status: str = "contract-tested with a stand-in for the operator, never run on a GPU"
     keeps_codes: bool = True
 
+    @property
+    def support(self) -> Support:
+        """What it supports, as data; which pairs, `RECIPES` says."""
+        widths: dict[str, tuple[int, ...]] = {}
+        for recipe in RECIPES:
+            widths |= dict.fromkeys(recipe.types, (recipe.bits,))
+        return Support(
+            devices=(self.device,),
+            dtypes=(torch.bfloat16,),
+            widths=widths,
+            asymmetric=False,
+            activations=tuple(widths),
+        )
+
     def missing(self) -> str | None:
-        """Return None: it needs torch only."""
-        return None
+        """Return what this machine lacks for it, or None."""
+        return lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

@@ -8,7 +8,8 @@ import torch
 
 from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
-from ar_kernels.backends.probing import capability, wrong_device
+from ar_kernels.backends.probing import capability, lacks_device, wrong_device
+from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,10 +34,17 @@ class TinyGemm:
     def __init__(self, device: str = "cuda") -> None:
         """Take the device type; another than `cuda` where a stand-in is tested."""
         self.device = device
+        self.support = Support(
+            devices=(device,),
+            dtypes=(torch.bfloat16,),
+            widths={"int": (2, 3, 4)},
+            spans=("group", "channel"),
+            group_step=min(_GROUPS),
+        )
 
     def missing(self) -> str | None:
-        """Return None: it needs torch only."""
-        return None
+        """Return what this machine lacks for it, or None."""
+        return lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

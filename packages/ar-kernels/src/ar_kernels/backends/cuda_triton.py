@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 
 from ar_kernels.backends.base import PackedWeight
+from ar_kernels.backends.probing import lacks, lacks_device
 from ar_kernels.backends.reference import refuses_weight_only
+from ar_kernels.backends.support import Support
 from ar_kernels.triton import packing as packings
 from ar_kernels.triton.packing import Packing
+from ar_kernels.triton.words import SLICE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,10 +43,21 @@ class TritonBackend:
     priority: int
     status: str
     keeps_codes: bool = True
+    install: str = "pip install triton"
+
+    @property
+    def support(self) -> Support:
+        """What it supports, as data."""
+        return Support(
+            devices=(self.device,),
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            widths=packings.WIDTHS,
+            group_step=SLICE,
+        )
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
-        return None if find_spec("triton") else "the package triton"
+        return lacks("triton") or (None if interpreting() else lacks_device(self.device))
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""
@@ -90,15 +103,11 @@ def _too_old(device: str) -> str | None:
     return None
 
 
-_STATUS = (
-    "experimental: right in Triton's interpreter, compiled ahead of time for {}; never run on a {}"
-)
+_TRIED = "experimental: right in Triton's interpreter, "
 CUDA_TRITON = TritonBackend(
     "cuda_triton",
     "cuda",
     100,
-    _STATUS.format("sm80, sm90, sm100, sm120 and gfx942", "GPU"),
+    _TRIED + "compiled ahead of time for sm80, sm90, sm100, sm120 and gfx942, never run on a GPU",
 )
-XPU_TRITON = TritonBackend(
-    "xpu_triton", "xpu", 70, _STATUS.format("other vendors' GPUs only", "XPU")
-)
+XPU_TRITON = TritonBackend("xpu_triton", "xpu", 70, _TRIED + "never run on an XPU")

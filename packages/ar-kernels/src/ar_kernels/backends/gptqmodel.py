@@ -12,7 +12,8 @@ import torch
 
 from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
-from ar_kernels.backends.probing import capability, lacks, wrong_device
+from ar_kernels.backends.probing import capability, lacks, lacks_device, wrong_device
+from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,10 +37,18 @@ class Marlin:
     def __init__(self, device: str = "cuda") -> None:
         """Take the device type; another than `cuda` where stand-ins are tested."""
         self.device = device
+        self.support = Support(
+            devices=(device,),
+            dtypes=(torch.float16, torch.bfloat16),
+            widths={"int": (4, 8)},
+            spans=("group", "channel"),
+            group_step=32,
+            asymmetric=False,
+        )
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
-        return lacks("gptqmodel")
+        return lacks("gptqmodel") or lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""
@@ -125,10 +134,17 @@ class ExLlama:
     def __init__(self, device: str = "cuda") -> None:
         """Take the device type; another than `cuda` where stand-ins are tested."""
         self.device = device
+        self.support = Support(
+            devices=(device,),
+            dtypes=(torch.float16,),
+            widths={"int": (4,)},
+            spans=("group", "channel"),
+            group_step=32,
+        )
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
-        return lacks("gptqmodel")
+        return lacks("gptqmodel") or lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

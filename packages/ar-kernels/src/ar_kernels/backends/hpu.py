@@ -10,6 +10,7 @@ from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.four_bits import Parts
 from ar_kernels.backends.probing import lacks, wrong_device
+from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,12 @@ class Hpu:
     def __init__(self, device: str = "hpu") -> None:
         """Take the device type; another than `hpu` where a stand-in is tested."""
         self.device = device
+        self.support = Support(
+            devices=(device,),
+            dtypes=(torch.bfloat16,),
+            widths={"int": (2, 3, 4)},
+            spans=("group", "channel"),
+        )
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""

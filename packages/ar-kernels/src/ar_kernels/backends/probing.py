@@ -51,6 +51,14 @@ def capability(device: str) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability()
 
 
+def lacks_device(device: str) -> str | None:
+    """Return what is missing when the machine has no device of a torch type, or None."""
+    if device == "cpu":
+        return None
+    module = getattr(torch, device, None)
+    return None if module is not None and module.is_available() else f"a device of type {device}"
+
+
 def wrong_device(own: str, asked: str) -> str | None:
     """Return why a backend of one device cannot serve another, or None."""
     return None if own == asked else f"runs on {own}, the layer is on {asked}"

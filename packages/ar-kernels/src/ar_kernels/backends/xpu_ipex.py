@@ -13,7 +13,8 @@ import torch
 from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.four_bits import Parts
-from ar_kernels.backends.probing import has_op, version, wrong_device
+from ar_kernels.backends.probing import has_op, lacks_device, version, wrong_device
+from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,13 @@ class XpuIpex:
     def __init__(self, device: str = "xpu") -> None:
         """Take the device type; another than `xpu` where a stand-in is tested."""
         self.device = device
+        self.support = Support(
+            devices=(device,),
+            dtypes=(torch.float16, torch.bfloat16),
+            widths={"int": (4,)},
+            spans=("group", "channel"),
+            asymmetric=False,
+        )
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
@@ -49,7 +57,7 @@ class XpuIpex:
         if found[:2] != _SERIES or built_for != _SERIES:
             have = ".".join(map(str, found))
             return f"torch 2.8 with {_PACKAGE} 2.8, here are {torch.__version__} and {have}"
-        return None
+        return lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

@@ -13,7 +13,8 @@ import torch
 from ar_kernels.backends import four_bits
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.four_bits import Parts
-from ar_kernels.backends.probing import has_op, wrong_device
+from ar_kernels.backends.probing import has_op, lacks_device, wrong_device
+from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,10 +39,19 @@ class XpuOneDnn:
     def __init__(self, device: str = "xpu") -> None:
         """Take the device type; another than `xpu` where a stand-in is tested."""
         self.device = device
+        self.support = Support(
+            devices=(device,),
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            widths={"int": (2, 3, 4)},
+            spans=("group", "channel"),
+            group_step=_GROUP,
+        )
 
     def missing(self) -> str | None:
         """Return what this machine lacks for it, or None."""
-        return None if has_op(f"aten::{_OP}") else f"a torch with {_OP} (2.8 or newer)"
+        if not has_op(f"aten::{_OP}"):
+            return f"a torch with {_OP} (2.8 or newer)"
+        return lacks_device(self.device)
 
     def refuses(self, need: Need) -> str | None:
         """Return why it cannot serve a layer, or None."""

@@ -210,11 +210,12 @@ def many_rows(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     first = split * chunk
     for tile in range(first, min(first + chunk, tiles)):
-        at = (tile * 16 + r)[:, None] * n + cols[None, :]
-        low = tl.load(words + at, mask=inside[None, :], other=0)[None, :, :]
+        # loaded with three dimensions, so that what follows keeps neighbours along O together
+        at = (tile * 16 + r)[None, :, None] * n + cols[None, None, :]
+        low = tl.load(words + at, mask=inside[None, None, :], other=0)
         top = low
         if UPPER > 0:
-            top = tl.load(high + at, mask=inside[None, :], other=0).to(tl.int32)[None, :, :]
+            top = tl.load(high + at, mask=inside[None, None, :], other=0).to(tl.int32)
         for s in tl.static_range(0, FIELDS, BLOCK_FIELDS):
             column = (tile * FIELDS + s) * 16 + kk
             there = (m < rows)[:, None] & (column < k)[None, :]

@@ -40,6 +40,11 @@ _ELEMENTS = {
     ("nv_fp4_with_static_gs", 4): E2M1,
     ("nvfp4_v2", 4): E2M1,
 }
+WIDTHS: dict[str, tuple[int, ...]] = {
+    "int": tuple(PLANES),
+    **{name: tuple(b for n, b in _ELEMENTS if n == name) for name, _ in _ELEMENTS},
+}
+"""Data types to the widths that can be packed."""
 _SCALES = {"e8m0": E8M0, "float8_e4m3fn": SCALE_E4M3, "ue5m3": UE5M3}
 _PLAIN = ("float16", "bfloat16", "float32")
 
