@@ -49,7 +49,10 @@ def quantizing_hook(spec, static):
 
 
 @pytest.mark.parametrize(("scheme", "form"), CASES, ids=[f"{s}-{f}" for s, f in CASES])
-def test_logits_are_those_of_the_tuned_model_to_the_bit(tmp_path, source, scheme, form) -> None:
+def test_logits_are_those_of_the_tuned_model_to_the_bit(
+    tmp_path, source, scheme, form, monkeypatch
+) -> None:
+    monkeypatch.setenv("AR_BACKEND", "dense")  # kernels sum in another order
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(0, 256, (32,), generator=generator) for _ in range(4)]
     tuner = AutoRound(str(source), scheme=scheme, recipe="rtn", dataset=rows, seqlen=32, nsamples=4)

@@ -188,6 +188,25 @@ def test_a_listing_is_a_table_or_json(command) -> None:
     assert isinstance(told, dict if command == "formats" else list)
 
 
+def test_backends_of_a_checkpoint_say_what_runs_each_kind_of_layer(rtn) -> None:
+    told = json.loads(ar("backends", rtn, "--dtype", "float32", "--json").stdout)
+    assert sum(kind["count"] for kind in told) == 28
+    for kind in told:
+        assert kind["backend"]
+        assert kind["verdicts"][kind["backend"]].startswith("chosen: best usable")
+        assert {"dense", "reference", "cpu_aten"} <= kind["verdicts"].keys()
+    shown = ar("backends", rtn, "--explain").output
+    assert "verdict" in shown
+    assert "usable, priority 0" in shown
+
+
+def test_backends_explain_every_scheme_and_a_device_that_is_not_there() -> None:
+    told = {k["layers"]: k for k in json.loads(ar("backends", "--explain", "--json").stdout)}
+    assert {"W4A16", "MXFP4", "NVFP4", "FP8_STATIC", "INT8"} <= told.keys()
+    assert "activations quantized before it" in told["MXFP4"]["why"]
+    assert "not on cuda" in ar("backends", "--explain", "--device", "cuda").output
+
+
 def test_doctor_tells_versions_and_the_archiver() -> None:
     facts = json.loads(ar("doctor", "--json").stdout)
     assert facts["torch"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ar_kernels import KernelError, QuantizedWeight, equal
+from ar_kernels import layout as find_layout
 from ar_kernels.layouts.gptq import GPTQ, GPTQ_G_IDX, GPTQ_V2, GPTQ_V2_G_IDX, GptqLayout
 from ar_kernels.testing import LayoutConformance, quantized
 from ar_schemes import Granularity, Span, TensorSpec
@@ -134,12 +135,41 @@ def test_group_index_is_optional_when_reading() -> None:
 
 
 @pytest.mark.parametrize("layout", [GPTQ, GPTQ_G_IDX], ids=lambda layout: layout.name)
-def test_channels_ordered_by_activation_are_refused(layout: GptqLayout) -> None:
-    weight = quantized(TensorSpec(granularity=GROUP), 32, 64)
-    packed = GPTQ_G_IDX.pack(weight)
-    packed["g_idx"] = packed["g_idx"].flip(0)
-    with pytest.raises(KernelError, match="desc_act"):
-        layout.unpack(packed, weight.spec, 32, 64)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_channels_ordered_by_activation_are_read_as_the_file_says(
+    layout: GptqLayout, symmetric: bool
+) -> None:
+    spec = TensorSpec(granularity=GROUP, symmetric=symmetric)
+    plain = quantized(spec, 32, 64)
+    packed = GPTQ_G_IDX.pack(plain)
+    index = torch.randint(0, 2, (64,), generator=torch.Generator().manual_seed(0))
+    index[:] = index.argsort().argsort() // 32  # each group 32 times, in no order
+    packed["g_idx"] = index.int()
+    found = layout.unpack(packed, spec, 32, 64)
+    # by the definition: scale and zero point of a channel are those of its group
+    scale = plain.scale.float()[:, index]
+    zero = 8.0 if plain.zero_point is None else plain.zero_point.float()[:, index]
+    assert torch.equal(found.dequantize(), scale * (plain.codes.float() - zero))
+    again = GPTQ_G_IDX.pack(found)
+    assert all(torch.equal(again[k], packed[k]) for k in packed)
+
+
+def test_layouts_without_group_index_refuse_channels_in_another_order() -> None:
+    spec = TensorSpec(granularity=GROUP)
+    packed = GPTQ_G_IDX.pack(quantized(spec, 32, 64)) | {"g_idx": torch.arange(64).int() % 2}
+    found = GPTQ_G_IDX.unpack(packed, spec, 32, 64)
+    for other in ("gptq", "gptq_v2", "awq", "ct_int", "mlx"):
+        with pytest.raises(KernelError, match="desc_act"):
+            find_layout(other).pack(found)
+    ct = find_layout("ct_pack")
+    assert equal(ct.unpack(ct.pack(found), spec, 32, 64), found)
+
+
+def test_groups_of_unequal_size_are_refused() -> None:
+    spec = TensorSpec(granularity=GROUP)
+    packed = GPTQ_G_IDX.pack(quantized(spec, 32, 64)) | {"g_idx": torch.zeros(64).int()}
+    with pytest.raises(KernelError, match=r"each of 2 groups 32 times"):
+        GPTQ_G_IDX.unpack(packed, spec, 32, 64)
 
 
 def test_version_1_refuses_a_zero_point_of_zero() -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from ar_kernels import KernelError, QuantLinear, data_type, equal
+from ar_kernels import layout as layout_of
+from ar_kernels.layouts import TensorFact
 from ar_schemes import scheme
 
 
@@ -46,8 +48,9 @@ def test_casting_leaves_the_packed_tensors_alone() -> None:
     made = layer(weight())
     made(torch.randn(1, 96))
     made.to(torch.bfloat16)
-    assert made.scales.dtype is torch.float16
-    assert made.qweight.dtype is torch.int32
+    state = made.state_dict()
+    assert state["scales"].dtype is torch.float16
+    assert state["qweight"].dtype is torch.int32
     out = made(torch.randn(1, 96, dtype=torch.bfloat16))
     assert out.dtype is torch.bfloat16
     assert equal(made.quantized(), weight())
@@ -78,11 +81,55 @@ def test_a_shape_no_layout_holds_is_refused() -> None:
         QuantLinear(weight().spec, 64, 96, layout="gtpq", bias=False, dtype=torch.float32)
 
 
-def test_channels_grouped_in_activation_order_are_refused() -> None:
-    made = layer(weight(), layout="gptq_v2_g_idx")
-    made.g_idx.copy_(made.g_idx.flip(0))
-    with pytest.raises(KernelError, match="desc_act|act"):
-        made(torch.randn(1, 96))
+@pytest.mark.parametrize("backend", ["dense", "reference", "cpu_aten"])
+def test_channels_grouped_in_activation_order_meet_their_own_weights(backend) -> None:
+    dtype = torch.bfloat16 if backend == "cpu_aten" else torch.float32
+    made = layer(weight(symmetric=False), layout="gptq_v2_g_idx", dtype=dtype)
+    made.g_idx.copy_(torch.arange(96) % 3)
+    state = {k: v.clone() for k, v in made.state_dict().items()}
+    expected = made.quantized().dequantize()
+    made.prepare(backend)
+    x = torch.randn(4, 96)
+    close = {"rtol": 0.02, "atol": 0.05} if backend == "cpu_aten" else {}
+    torch.testing.assert_close(made(x), x @ expected.t(), **close)
+    assert torch.equal(made.quantized().dequantize(), expected)
+    assert all(torch.equal(made.state_dict()[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2", "awq", "ct_pack", "ct_int"])
+def test_codes_a_backend_keeps_are_let_go_and_come_back(layout) -> None:
+    made = layer(weight(), layout=layout)
+    state = {k: v.clone() for k, v in made.state_dict().items()}
+    size = sum(b.nbytes for b in made.buffers())
+    made.prepare("reference")
+    codes = max(state, key=lambda k: state[k].nbytes)
+    assert getattr(made, codes) is None
+    assert sum(b.nbytes for b in made.buffers()) < size + weight().codes.nbytes
+    for moved in (made, made.to(torch.bfloat16), made.to("cpu").half()):
+        after = moved.state_dict()
+        assert after.keys() == state.keys()
+        assert all(torch.equal(after[k], state[k]) for k in state)
+        assert all(after[k].dtype == state[k].dtype for k in state)
+    other = {k: v.clone() for k, v in layer(weight(), layout=layout).state_dict().items()}
+    scale = next(k for k in other if "scale" in k)
+    other[scale] = other[scale] * 2
+    made.load_state_dict(other)
+    torch.testing.assert_close(made.quantized().dequantize(), 2 * weight().dequantize())
+
+
+def test_scales_in_a_type_the_layout_has_not_are_read_where_that_is_exact() -> None:
+    found = weight()
+    packed = layout_of("gptq").pack(found)
+    scales = packed["scales"].bfloat16()
+    fact = {"scales": TensorFact(tuple(scales.shape), torch.bfloat16)}
+    made = QuantLinear(
+        found.spec, 64, 96, layout="gptq", bias=False, dtype=torch.float32, stored=fact
+    )
+    made.qweight, made.qzeros, made.scales = packed["qweight"], packed["qzeros"], scales
+    assert torch.equal(made.quantized().scale, scales.t().half())
+    made.scales = scales * 2**-20
+    with pytest.raises(KernelError, match="not exact in torch.float16"):
+        made.quantized()
 
 
 def test_it_tells_what_it_is() -> None:

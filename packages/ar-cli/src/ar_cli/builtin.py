@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ar_cli.commands import (
+    backends,
     checkpoint,
     convert,
     doctor,
@@ -35,7 +36,7 @@ def ar_register_commands() -> list[click.Command]:
         generate.generate,
         listings.schemes,
         listings.formats,
-        listings.backends,
+        backends.backends,
         plugins.plugins,
         doctor.doctor,
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ar_kernels.backends.cpu_aten import CpuAten
 from ar_kernels.backends.dense import Dense
 from ar_kernels.backends.reference import Reference
 from ar_kernels.hookspecs import hookimpl
@@ -13,6 +14,7 @@ from ar_kernels.layouts.float_layouts import FLOAT_LAYOUTS
 from ar_kernels.layouts.gguf import GGUF_LAYOUTS
 from ar_kernels.layouts.gptq import GPTQ, GPTQ_G_IDX, GPTQ_V2, GPTQ_V2_G_IDX
 from ar_kernels.layouts.mlx import MlxLayout
+from ar_kernels.layouts.ragged import CT_RAGGED, FP8_RAGGED
 from ar_kernels.numerics.float_min import FloatMinimum
 from ar_kernels.numerics.fp8 import Fp8
 from ar_kernels.numerics.integer import Integer
@@ -48,6 +50,7 @@ def ar_register_layouts() -> list[Layout]:
         *(GPTQ, GPTQ_V2, GPTQ_G_IDX, GPTQ_V2_G_IDX),
         *(AwqLayout(), CompressedPack(), CompressedInt(), MlxLayout()),
         *FLOAT_LAYOUTS,
+        *(FP8_RAGGED, CT_RAGGED),
         *GGUF_LAYOUTS,
     ]
 
@@ -55,4 +58,4 @@ def ar_register_layouts() -> list[Layout]:
 @hookimpl
 def ar_register_backends() -> list[Backend]:
     """Return the built-in backends."""
-    return [Reference(), Dense()]
+    return [Reference(), Dense(), CpuAten()]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ar_kernels import ops, registry
-from ar_kernels.backends.base import Need
+from ar_kernels.backends.base import ExactBackend, Need, PackedWeight
 from ar_kernels.backends.reference import encode_meta
 from ar_kernels.backends.select import choose
 from ar_kernels.layouts.base import TensorFact, optional_of
 from ar_kernels.numerics.activation import refuses_activation
-from ar_kernels.weight import KernelError
+from ar_kernels.weight import CHANNEL_ORDER, KernelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ar_schemes import TensorSpec
 
 _READY = "ready_"
-_STATIC, _ZERO = "static", "static_zero"
+_STATIC, _ZERO, _ORDER = "static", "static_zero", "order"
 _RANGES = {"input_scale": _STATIC, "input_global_scale": _STATIC, "input_zero_point": _ZERO}
 """Names in `QuantizedWeight.extra` to what `ops.quantize_input` calls them."""
 
@@ -33,7 +34,8 @@ class QuantLinear(nn.Module):
 
     Its state dict holds exactly the tensors of a checkpoint (`qweight`, `scales`, ... as the
     layout says, and `bias`), so loading and saving never change a bit. `prepare` puts beside
-    them what a backend computes with; that never reaches a state dict.
+    them what a backend computes with; that never reaches a state dict. Where the backend keeps
+    the codes, those of the checkpoint are let go and made again when they are asked for.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class QuantLinear(nn.Module):
         self._ready: tuple[str, ...] = ()
         self._meta: list[int] = []
         self._quantizes: list[int] | None = None
+        self._released: str | None = None
         self._foretold = {**optional_of(found), **found.facts(spec, rows, columns)}
         self._facts: dict[str, TensorFact] = found.facts(spec, rows, columns)
         self._facts |= {k: v for k, v in (stored or {}).items() if k in self._foretold}
@@ -148,15 +151,16 @@ class QuantLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the packed tensors."""
-        return self._buffer(next(iter(self._facts))).device
+        return next(b for k in self._facts if (b := self._buffers[k]) is not None).device
 
     def quantized(self) -> QuantizedWeight:
-        """Return the weight, read from the packed tensors.
+        """Return the weight, read from the packed tensors or from those of the backend.
 
         Raises:
-            KernelError: the packed tensors contradict the spec, or group channels in another
-                order than that of the input (GPTQ with `desc_act`).
+            KernelError: the packed tensors contradict the spec.
         """
+        if self._released is not None:
+            return self._unpacked()
         packed = {k: _as(self._buffer(k), self._foretold[k]) for k in self._facts}
         return registry.layout(self.layout).unpack(packed, self.spec, self.rows, self.columns)
 
@@ -176,12 +180,22 @@ class QuantLinear(nn.Module):
                 "dict first"
             )
             raise KernelError(msg)
-        choice = choose(self.need(), prefer)
-        backend = choice.backend
         with torch.no_grad():
             weight = self.quantized()
+            order = weight.extra.get(CHANNEL_ORDER)
+            need = self.need()
+            if order is not None:  # the input is sorted before the product, hence quantized before
+                need = replace(need, activation=None)
+                extra = {k: v for k, v in weight.extra.items() if k != CHANNEL_ORDER}
+                weight = replace(weight, extra=extra)
+            choice = choose(need, prefer)
+            backend = choice.backend
             packed = backend.pack(weight, choice.need)
+        self._restore()
         self._release()
+        if order is not None:
+            order = order.to(self.device).long()
+            self.register_buffer(_READY + _ORDER, order, persistent=False)
         for key, tensor in packed.buffers.items():
             self.register_buffer(_READY + key, tensor, persistent=False)
         if self.activation is not None and choice.need.activation is None:
@@ -196,6 +210,10 @@ class QuantLinear(nn.Module):
         self._meta = list(packed.meta)
         self._prefer = prefer
         self.backend = backend.name
+        self._packed_for = choice.need
+        if isinstance(backend, ExactBackend):  # it holds the codes: one copy is enough
+            self._released = max(self._facts, key=lambda k: self._buffer(k).nbytes)
+            self._buffers[self._released] = None
 
     def need(self) -> Need:
         """Return what the layer asks of a backend."""
@@ -217,6 +235,9 @@ class QuantLinear(nn.Module):
         if self._quantizes is not None:
             static, zero = (self._buffers.get(_READY + key) for key in (_STATIC, _ZERO))
             given = ops.quantize_input(given, self._quantizes, static, zero)
+        order = self._buffers.get(_READY + _ORDER)
+        if order is not None:
+            given = given.index_select(-1, order)
         out = ops.quant_linear(given, ready, self._meta, self.bias, self.backend, self.rows)
         return out.to(x.dtype)
 
@@ -236,8 +257,56 @@ class QuantLinear(nn.Module):
         assert found is not None
         return found
 
+    def _unpacked(self) -> QuantizedWeight:
+        """Return the weight out of the backend's tensors."""
+        assert self.backend is not None
+        backend = registry.backend(self.backend)
+        assert isinstance(backend, ExactBackend)
+        cut = len(_READY)
+        packed = PackedWeight(
+            {name[cut:]: self._buffer(name) for name in self._ready}, tuple(self._meta)
+        )
+        weight = backend.unpack(packed, self._packed_for)
+        extra = dict(weight.extra)
+        for suffix in self._facts:
+            held = self._buffers[suffix]
+            if suffix in _RANGES and held is not None:
+                extra[suffix] = held.float().reshape(1)
+        order = self._buffers.get(_READY + _ORDER)
+        if order is not None:
+            extra[CHANNEL_ORDER] = order.int()
+        return replace(weight, extra=extra)
+
+    def _codes(self) -> Tensor:
+        """Return the packed codes as the checkpoint holds them, after they were let go."""
+        assert self._released is not None
+        weight = self._unpacked()
+        if weight.zero_point is not None:
+            # codes do not depend on it, and files may hold one that their layout cannot write
+            weight = replace(weight, zero_point=torch.ones_like(weight.zero_point))
+        fact = self._facts[self._released]
+        packed = registry.layout(self.layout).pack(weight)[self._released]
+        return packed.view(fact.dtype).reshape(fact.shape)
+
+    def _restore(self) -> None:
+        """Hold the packed codes again."""
+        if self._released is not None:
+            with torch.no_grad():
+                codes = self._codes()
+            self._buffers[self._released] = codes
+            self._released = None
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Save what a checkpoint holds."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._released is not None:
+            with torch.no_grad():
+                destination[prefix + self._released] = self._codes()
+
     def _release(self) -> None:
-        for name in (*self._ready, _READY + _STATIC, _READY + _ZERO):
+        for name in (*self._ready, *(_READY + key for key in (_STATIC, _ZERO, _ORDER))):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         self._ready = ()
@@ -248,13 +317,16 @@ class QuantLinear(nn.Module):
         """Move or cast as nn.Module does, but never cast the checkpoint's own tensors."""
         before = (self.device, self.dtype)
         was_ready = self.backend is not None
-        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        kept = {suffix: self._buffer(suffix) for suffix in self._facts}
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        dtype = probe.dtype
+        if before != (probe.device, dtype):
+            self._restore()
+        kept = {name: held for name, held in self._buffers.items() if held is not None}
         super()._apply(fn, recurse)
-        for suffix, tensor in kept.items():
-            moved = self._buffer(suffix)
+        for name, tensor in kept.items():
+            moved = self._buffer(name)
             if moved.dtype != tensor.dtype:
-                self._buffers[suffix] = _on(tensor, moved.device)
+                self._buffers[name] = _on(tensor, moved.device)
         self.dtype = dtype
         if before != (self.device, dtype):
             self._release()
@@ -267,8 +339,9 @@ class QuantLinear(nn.Module):
     ) -> None:
         """Load as nn.Module does, then compute with the new tensors."""
         was_ready = self.backend is not None
+        self._restore()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if was_ready and any(prefix + suffix in state_dict for suffix in self._facts):
+        if was_ready:
             self.prepare(self._prefer)
 
 
@@ -283,6 +356,12 @@ def _as(tensor: Tensor, fact: TensorFact) -> Tensor:
     """Return a tensor of a checkpoint as its layout wants it: the same bytes in another shape."""
     if tensor.dtype != fact.dtype and tensor.dtype.itemsize == fact.dtype.itemsize == 1:
         tensor = tensor.contiguous().view(fact.dtype)
+    elif tensor.dtype != fact.dtype and tensor.dtype.is_floating_point and tensor.numel() > 1:
+        cast = tensor.to(fact.dtype)
+        if not torch.equal(cast.to(tensor.dtype), tensor):
+            msg = f"scales in {tensor.dtype} are not exact in {fact.dtype}, which the layout holds"
+            raise KernelError(msg)
+        tensor = cast
     if tuple(tensor.shape) != fact.shape and tensor.numel() == math.prod(fact.shape):
         tensor = tensor.reshape(fact.shape)
     return tensor

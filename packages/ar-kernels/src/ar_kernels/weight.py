@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from ar_schemes import TensorSpec
 
 
+CHANNEL_ORDER = "channel_order"
+"""Name in `QuantizedWeight.extra`: int32 [I], the channel of each column of codes, where groups
+are not made of neighbours."""
+
+
 class KernelError(ArError):
     """Quantized numbers that cannot be: wrong shapes, values, layouts or no backend for them."""
 
@@ -108,10 +113,19 @@ class QuantizedWeight:
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight [..., O, I] that the codes stand for, computed in float32."""
+        """Return the weight [..., O, I] that the codes stand for, computed in float32.
+
+        Its columns are in the order of the input, also where the codes' are not.
+        """
         from ar_kernels.registry import data_type  # the registry holds data types that use us
 
-        return data_type(self.spec.data_type).dequantize(self).to(dtype)
+        values = data_type(self.spec.data_type).dequantize(self).to(dtype)
+        order = self.extra.get(CHANNEL_ORDER)
+        if order is None:
+            return values
+        out = torch.empty_like(values)
+        out[..., order.long()] = values
+        return out
 
 
 def equal(a: QuantizedWeight, b: QuantizedWeight) -> bool:

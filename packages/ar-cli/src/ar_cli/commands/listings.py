@@ -1,4 +1,4 @@
-"""`ar schemes`, `ar formats`, `ar backends`: what this installation can do."""
+"""`ar schemes`, `ar formats`: what this installation can do."""
 
 from __future__ import annotations
 
@@ -67,25 +67,3 @@ def formats(name: str | None, as_json: bool) -> None:  # noqa: FBT001
         (scheme, *("x" if row[f] is None else "" for f in known)) for scheme, row in matrix.items()
     ]
     print_table(("scheme", *known), marks)
-
-
-@click.command()
-@json_option
-def backends(as_json: bool) -> None:  # noqa: FBT001
-    """List the kernel backends, how far each was tried, and what this machine lacks."""
-    from ar_kernels import backends as all_backends
-
-    found = sorted(all_backends().values(), key=lambda b: -b.priority)
-    print_records(
-        [
-            {
-                "name": b.name,
-                "priority": b.priority,
-                "status": b.status,
-                "here": b.missing() or "usable",
-            }
-            for b in found
-        ],
-        ("name", "priority", "status", "here"),
-        as_json=as_json,
-    )

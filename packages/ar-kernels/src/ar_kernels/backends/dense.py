@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.reference import refuses_weight_only
+from ar_kernels.backends.support import Support
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,7 @@ class Dense:
     name = "dense"
     priority = 10
     status = "verified on cpu, untried elsewhere"
+    support = Support()
     keeps_codes = False
 
     def missing(self) -> str | None:

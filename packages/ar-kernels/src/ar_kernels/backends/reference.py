@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch.nn import functional
 
 from ar_kernels.backends.base import PackedWeight
+from ar_kernels.backends.support import Support
 from ar_kernels.weight import KernelError, QuantizedWeight
 from ar_schemes import TensorSpec
 
@@ -29,6 +30,7 @@ class Reference:
     name = "reference"
     priority = 0
     status = "verified on cpu, untried elsewhere"
+    support = Support()
     keeps_codes = True
 
     def missing(self) -> str | None:

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ar_kernels.backends.measure import fastest
+from ar_kernels.backends.support import Installable
 from ar_kernels.numerics.activation import refuses_activation
 from ar_kernels.registry import backend, backends, host
 from ar_kernels.weight import KernelError
@@ -42,6 +44,9 @@ class Choice:
 def choose(need: Need, prefer: str | None = None, *, env: Mapping[str, str] = os.environ) -> Choice:
     """Return the backend for a layer: the preferred one, a plugin's choice, or the best usable.
 
+    The best is that of highest priority, or the one measured fastest where
+    `AR_KERNELS_AUTOTUNE` asks for that (see `ar_kernels.backends.measure`).
+
     Args:
         need: what the layer asks.
         prefer: name of a backend; None asks the environment variable `AR_BACKEND`.
@@ -65,6 +70,9 @@ def choose(need: Need, prefer: str | None = None, *, env: Mapping[str, str] = os
         raise KernelError(msg)
     named = host().first("ar_choose_backend", need=need, usable=tuple(usable))
     if named is None:
+        quick = _quickest(usable, verdicts, env)
+        if quick is not None:
+            return _choice(quick, "chosen: measured fastest", ranked, verdicts)
         return _choice(usable[0], "chosen: best usable", ranked, verdicts)
     chosen = {b.name: b for b in usable}.get(named)
     if chosen is None:
@@ -73,6 +81,22 @@ def choose(need: Need, prefer: str | None = None, *, env: Mapping[str, str] = os
             unknown_name("usable backend", named, (b.name for b in usable), hint=hint)
         )
     return _choice(chosen, "chosen: by a plugin", ranked, verdicts)
+
+
+def better_if_installed(need: Need, chosen: Backend) -> str | None:
+    """Return one line on a better backend that could be installed, or None."""
+    for candidate in sorted(backends().values(), key=lambda b: -b.priority):
+        if candidate.priority <= chosen.priority:
+            return None
+        if not isinstance(candidate, Installable) or candidate.missing() is None:
+            continue
+        plain = replace(need, activation=None)
+        if candidate.refuses(need) is None or candidate.refuses(plain) is None:
+            return (
+                f"{candidate.name} would run {_words(need)} faster than {chosen.name}: "
+                f"{candidate.install}"
+            )
+    return None
 
 
 @dataclass(frozen=True)
@@ -101,6 +125,20 @@ def judge(candidate: Backend, need: Need) -> Verdict:
         return Verdict(need, before)
     plain = replace(need, activation=None)
     return Verdict(plain, candidate.refuses(plain))
+
+
+def _quickest(
+    usable: list[Backend], verdicts: Mapping[str, Verdict], env: Mapping[str, str]
+) -> Backend | None:
+    """Return the backend that was measured fastest, None when measuring is off.
+
+    Those that quantize activations themselves and those that do not have different needs and are
+    not compared: the former go first, as their rank says.
+    """
+    need = verdicts[usable[0].name].need
+    alike = [b for b in usable if verdicts[b.name].need == need]
+    name = fastest(need, alike, env)
+    return next((b for b in alike if b.name == name), None)
 
 
 def _require(preferred: Backend, hurdle: str | None, need: Need) -> None:

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ar_kernels import registry
+from ar_kernels.hf.config import LayerFormat
 from ar_kernels.layouts.base import optional_of
+from ar_kernels.layouts.ragged import even_tiles, is_ragged
 from ar_kernels.numerics.activation import refuses_activation
 from ar_kernels.weight import KernelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ar_kernels.hf.config import LayerFormat
     from ar_kernels.hf.stored import StoredLayer
     from ar_kernels.hf.understand import Understood
     from ar_kernels.layouts.base import TensorFact
-    from ar_schemes import Scheme
 
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")
 _FLOATS = ("float16", "bfloat16", "float32")
@@ -80,8 +80,9 @@ def layer_openings(
                 continue
         if found is None or found.scheme.weight is None:
             continue
+        found = _ragged(found, shape)
         if held is not None:
-            found = replace(found, scheme=_scales_as_stored(found.scheme, held))
+            found = _scales_as_stored(found, shape, held)
         why = _hurdle(found, shape, held)
         if why is not None:
             bad[layer] = why
@@ -93,15 +94,33 @@ def layer_openings(
     return out
 
 
-def _scales_as_stored(scheme: Scheme, layer: StoredLayer) -> Scheme:
-    """Return the scheme with the float type that the scale has in the files."""
-    weight = scheme.weight
+def _ragged(found: LayerFormat, shape: tuple[int, int]) -> LayerFormat:
+    """Return the format for tiles that do not divide a weight, where it has such."""
+    weight = found.scheme.weight
+    assert weight is not None
+    name = f"{found.layout}_ragged"
+    if name not in registry.layouts() or not is_ragged(weight, *shape):
+        return found
+    changed = weight.with_(granularity=even_tiles(*shape))
+    return LayerFormat(replace(found.scheme, weight=changed), name)
+
+
+def _scales_as_stored(
+    found: LayerFormat, shape: tuple[int, int], layer: StoredLayer
+) -> LayerFormat:
+    """Return the format with the float type that the scale has in the files.
+
+    Where the layout has one type only, it stays: the layer casts what is exact in that type.
+    """
+    weight = found.scheme.weight
     assert weight is not None
     for suffix in _SCALES:
         kind = str(layer.facts[suffix].dtype)[6:] if suffix in layer.facts else ""
         if kind in _FLOATS and weight.scale_dtype in _FLOATS:
-            return replace(scheme, weight=weight.with_(scale_dtype=kind))
-    return scheme
+            seen = weight.with_(scale_dtype=kind)
+            if registry.layout(found.layout).refuses(seen, *shape) is None:
+                return replace(found, scheme=replace(found.scheme, weight=seen))
+    return found
 
 
 def _hurdle(found: LayerFormat, shape: tuple[int, int], layer: StoredLayer | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,18 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as stock
 
+from ar_kernels.backends.select import better_if_installed
+from ar_kernels.hf.experts import Conversion, find_experts, part_shapes, take_apart
 from ar_kernels.hf.load import layer_openings
-from ar_kernels.hf.stored import stored_facts, stored_layers
+from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
 from ar_kernels.hf.understand import understand
 from ar_kernels.linear import QuantLinear
+from ar_kernels.registry import backend
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
+
+    from ar_kernels.hf.load import Opening
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +68,17 @@ class _AsRead(stock.QuantizationConfigMixin):
         """Return the config of a dict, unchecked: `ar_kernels.hf.config.parse` checks it."""
         made = cls(**config_dict)
         return (made, kwargs) if return_unused_kwargs else made
+
+    @classmethod
+    def asking(cls, method: str, backend: str) -> Any:
+        """Return a config to give to `from_pretrained` that asks for a backend and no more."""
+        made = cls(quant_method=method)
+        made.backend = backend
+        return made
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what counts of a config that is given to `from_pretrained`."""
+        return {"backend": self.backend}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as they were read."""
@@ -106,6 +123,7 @@ class ArQuantizer(HfQuantizer):
     """Puts a `QuantLinear` in the place of every quantized linear layer."""
 
     requires_calibration = True  # float models are not quantized while they are loaded
+    _unfused: Collection[tuple[str, ...]] = ()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Read the config; anything we do not know is refused before a file is opened."""
@@ -120,43 +138,57 @@ class ArQuantizer(HfQuantizer):
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D))
         }
+        shapes = {name: _shape(module) for name, module in linears.items()}
         facts = stored_facts(checkpoint_files)
         rename = _Renaming(model)
+        files = {} if facts is None else stored_modules(facts)
+        experts, self._unfused = find_experts(files, rename.fusing)
+        stored = by_model_name(files, rename)
+        for name, found in experts.items():
+            shapes |= part_shapes(model.get_submodule(name), found, name)
+            stored |= found.stored
         head = model.get_output_embeddings()
         openings = layer_openings(
             self.checkpoint,
-            {name: _shape(module) for name, module in linears.items()},
-            stored=None if facts is None else stored_layers(facts, rename, rename.state),
+            shapes,
+            stored=None if facts is None else stored,
             heads=[name for name, module in linears.items() if module is head],
             prefix=model.base_model_prefix,
         )
-        for name, found in openings.items():
-            module, scheme = linears[name], found.format.scheme
-            assert scheme.weight is not None
-            replacement = QuantLinear(
-                scheme.weight,
-                *_shape(module),
-                layout=found.format.layout,
-                bias=getattr(module, "bias", None) is not None,
-                dtype=module.weight.dtype,
-                device="meta",
-                activation=scheme.activation,
-                stored=found.stored,
-            )
-            model.set_submodule(name, replacement)
+        for name in openings.keys() & linears.keys():
+            module = linears[name]
+            bias = getattr(module, "bias", None) is not None
+            layer = _layer(openings[name], shapes[name], module.weight.dtype, bias=bias)
+            model.set_submodule(name, layer)
+        for name, found in experts.items():
+            module = model.get_submodule(name)
+            dtype = next(iter(module.parameters())).dtype
+            make = functools.partial(_part, openings=openings, shapes=shapes, dtype=dtype)
+            take_apart(module, found, make, name)
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Leave out what would fuse experts that are packed one by one, for this model only."""
+        kept = [c for c in weight_conversions if _sources(c) not in self._unfused]
+        return super().update_weight_conversions(kept, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Choose a backend for every layer and pack its weight."""
         wanted = getattr(self.quantization_config, "backend", None)
         prefer = None if wanted in _NO_CHOICE else wanted
         used: Counter[str] = Counter()
+        hints: dict[str, None] = {}
         for module in model.modules():
             if isinstance(module, QuantLinear) and module.device.type != "meta":
                 module.prepare(prefer)
                 used[f"{module.backend} ({module.spec})"] += 1
+                if prefer is None and module.backend is not None:
+                    better = better_if_installed(module.need(), backend(module.backend))
+                    hints |= {} if better is None else {better: None}
         layers = ", ".join(f"{count} layers -> {what}" for what, count in used.items())
         _log.info("ar-kernels opened the %s checkpoint: %s", self.checkpoint.method, layers)
+        for hint in list(hints)[:1]:
+            _suggest(hint.partition(" would ")[0], hint)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -179,6 +211,11 @@ class ArQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Tell transformers that `torch.compile` works."""
         return True
+
+
+@functools.cache
+def _suggest(name: str, hint: str) -> None:  # noqa: ARG001 - one line per process and backend
+    _log.warning("%s", hint)
 
 
 def register(methods: Iterable[str]) -> None:
@@ -204,23 +241,75 @@ def _dense(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
     return made
 
 
-class _Renaming:
-    """Keys of files to keys of a model, as transformers renames them while it loads.
+def _layer(
+    opening: Opening, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool
+) -> QuantLinear:
+    """Return the empty layer for what the files hold."""
+    scheme = opening.format.scheme
+    assert scheme.weight is not None
+    return QuantLinear(
+        scheme.weight,
+        *shape,
+        layout=opening.format.layout,
+        bias=bias,
+        dtype=dtype,
+        device="meta",
+        activation=scheme.activation,
+        stored=opening.stored,
+    )
 
-    `state` is the model's state dict.
-    """
+
+def _part(
+    name: str,
+    *,
+    openings: Mapping[str, Opening],
+    shapes: Mapping[str, tuple[int, int]],
+    dtype: torch.dtype,
+) -> nn.Module:
+    """Return the empty layer of a part of an expert, quantized or not."""
+    if name in openings:
+        return _layer(openings[name], shapes[name], dtype, bias=False)
+    rows, columns = shapes[name]
+    return nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
+
+
+def _sources(conversion: Any) -> tuple[str, ...]:
+    return tuple(conversion._original_source_patterns)  # noqa: SLF001 - identifies it
+
+
+class _Renaming:
+    """Keys of files to keys of a model, as transformers renames them while it loads."""
 
     def __init__(self, model: Any) -> None:
         transforms = get_model_conversion_mapping(model) or []
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
         self._prefix = model.base_model_prefix
-        self.state: dict[str, torch.Tensor] = model.state_dict()
+        self._state: dict[str, torch.Tensor] = model.state_dict()
 
     def __call__(self, key: str) -> str:
         """Return the model's key for a key of the files."""
-        rest = (self._prefix, self.state)
-        found = rename_source_key(key, self._renamings, self._converters, *rest)[0]
-        if found not in self.state and key in self.state:
-            found = rename_source_key(key, [], [], *rest)[0]
-        return str(found)
+        found, _ = self._renamed(key, self._converters)
+        if found not in self._state and key in self._state:
+            found = rename_source_key(key, [], [], self._prefix, self._state)[0]
+        return found
+
+    def fusing(self, key: str) -> Conversion | None:
+        """Return how transformers would fuse a key into a parameter of the model, or None."""
+        target, pattern = self._renamed(key, self._converters)
+        if pattern is None or target not in self._state:
+            return None
+        using = next(c for c in self._converters if pattern in c.source_patterns)
+        return Conversion(
+            self._renamed(key, [])[0],
+            target,
+            using.source_patterns.index(pattern),
+            len(using.source_patterns),
+            [type(operation).__name__ for operation in using.operations],
+            _sources(using),
+        )
+
+    def _renamed(self, key: str, converters: list[Any]) -> tuple[str, str | None]:
+        rest = (self._prefix, self._state)
+        found, pattern = rename_source_key(key, self._renamings, converters, *rest)
+        return str(found), pattern

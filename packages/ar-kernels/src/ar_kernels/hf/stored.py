@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_kernels.layouts.base import TensorFact
-from ar_kernels.weight import KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _DENSE = frozenset({"weight", "bias"})
 _TYPES = {
@@ -65,37 +64,26 @@ def stored_facts(files: Sequence[str | Path] | None) -> dict[str, TensorFact] | 
     return out
 
 
-def stored_layers(
-    facts: Mapping[str, TensorFact], rename: Callable[[str], str], keys: Container[str]
-) -> dict[str, StoredLayer]:
-    """Return what is stored for each module, by the module's name in the model.
-
-    Args:
-        facts: shape and type of every tensor of the files.
-        rename: key in the files to key in the model; they may differ (older prefixes, a head
-            left out).
-        keys: keys of the model's state dict.
-
-    Raises:
-        KernelError: packed tensors belong to a parameter that the model holds fused.
-    """
-    by_prefix: dict[str, StoredLayer] = {}
+def stored_modules(facts: Mapping[str, TensorFact]) -> dict[str, StoredLayer]:
+    """Return what is stored for each module, by the module's name in the files."""
+    out: dict[str, StoredLayer] = {}
     for key, fact in facts.items():
         prefix, _, suffix = key.rpartition(".")
-        by_prefix.setdefault(prefix, StoredLayer(prefix)).facts[suffix] = fact
-    out: dict[str, StoredLayer] = {}
-    fused: list[str] = []
-    for prefix, layer in by_prefix.items():
-        target = rename(f"{prefix}.weight")
-        if target.endswith(".weight"):
-            out[target.removesuffix(".weight")] = layer
-        elif layer.packed and target in keys:
-            fused.append(prefix)
-    if fused:
-        msg = (
-            f"{len(fused)} quantized layers ({', '.join(fused[:3])}, ...) are parts of fused "
-            "parameters in this model, which only open dense here. Fused experts are not "
-            "supported yet; dequantize the checkpoint or leave the experts in 16 bit"
-        )
-        raise KernelError(msg)
+        out.setdefault(prefix, StoredLayer(prefix)).facts[suffix] = fact
     return out
+
+
+def by_model_name(
+    stored: Mapping[str, StoredLayer], rename: Callable[[str], str]
+) -> dict[str, StoredLayer]:
+    """Return what is stored for each module by the module's name in the model.
+
+    `rename` gives the key in the model for a key of the files; they may differ (older prefixes, a
+    head left out). Modules that the model fuses are left out.
+    """
+    targets = {prefix: rename(f"{prefix}.weight") for prefix in stored}
+    return {
+        target.removesuffix(".weight"): stored[prefix]
+        for prefix, target in targets.items()
+        if target.endswith(".weight")
+    }

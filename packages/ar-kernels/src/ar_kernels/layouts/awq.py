@@ -13,6 +13,7 @@ import torch
 from ar_kernels.layouts.base import TensorFact
 from ar_kernels.layouts.bitstream import pack_stream, unpack_stream
 from ar_kernels.layouts.checks import require, require_holds
+from ar_kernels.layouts.ordering import require_natural_order
 from ar_kernels.weight import KernelError, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class AwqLayout:
             KernelError: the weight does not fit.
         """
         require_holds(self, weight.spec, *weight.shape[-2:])
+        require_natural_order(self.name, weight)
         zero = weight.zero_point
         if zero is None:
             zero = torch.full_like(weight.scale, 2 ** (_BITS - 1), dtype=torch.uint8)

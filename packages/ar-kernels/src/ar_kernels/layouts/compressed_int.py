@@ -15,7 +15,14 @@ import torch
 from ar_kernels.layouts.base import TensorFact
 from ar_kernels.layouts.bitstream import WORD, pack_stream, unpack_stream
 from ar_kernels.layouts.checks import require, require_holds
-from ar_kernels.weight import KernelError, QuantizedWeight
+from ar_kernels.layouts.ordering import (
+    index_of,
+    natural_codes,
+    order_of,
+    require_natural_order,
+    sorted_by,
+)
+from ar_kernels.weight import CHANNEL_ORDER, KernelError, QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
 
 _STEP = {"input_scale": TensorFact((1,), torch.float32)}
 """Tensors of static activations, there or not."""
+_INDEX = "weight_g_idx"
+"""Group of each channel (`actorder: group`), there or not."""
 
 
 def _ranges(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -51,7 +60,7 @@ class CompressedPack:
     """Layout `ct_pack`: format pack-quantized."""
 
     name = "ct_pack"
-    optional = _STEP
+    optional = {**_STEP, _INDEX: TensorFact((-1,), torch.int32)}
 
     def refuses(self, spec: TensorSpec, rows: int, columns: int) -> str | None:
         """Return why a weight cannot be packed so, or None."""
@@ -79,13 +88,15 @@ class CompressedPack:
         rows, columns = weight.shape[-2:]
         require_holds(self, weight.spec, rows, columns)
         out = {
-            "weight_packed": pack_stream(weight.codes, weight.spec.bits),
+            "weight_packed": pack_stream(natural_codes(weight), weight.spec.bits),
             "weight_scale": weight.scale.contiguous(),
             "weight_shape": torch.tensor([rows, columns], device=weight.codes.device),
         }
         if weight.zero_point is not None:
             zeros = pack_stream(weight.zero_point.t().contiguous(), weight.spec.bits)
             out["weight_zero_point"] = zeros.t().contiguous()
+        if CHANNEL_ORDER in weight.extra:
+            out[_INDEX] = index_of(weight)
         return out | _ranges(weight.extra)
 
     def unpack(
@@ -104,12 +115,17 @@ class CompressedPack:
             )
             raise KernelError(msg)
         codes = unpack_stream(tensors["weight_packed"].contiguous(), spec.bits, columns)
+        index = tensors.get(_INDEX)
+        # absent, or filled with -1 where the writer kept the order
+        order = None if index is None or bool((index < 0).all()) else order_of(index, spec, columns)
+        codes = sorted_by(codes, order)
+        extra = _ranges(tensors) | ({} if order is None else {CHANNEL_ORDER: order})
         scale = tensors["weight_scale"].contiguous()
         if spec.symmetric:
-            return QuantizedWeight(spec, codes, scale, extra=_ranges(tensors))
+            return QuantizedWeight(spec, codes, scale, extra=extra)
         stream = tensors["weight_zero_point"].t().contiguous()
         zero = unpack_stream(stream, spec.bits, rows).t().contiguous()
-        return QuantizedWeight(spec, codes, scale, zero, _ranges(tensors))
+        return QuantizedWeight(spec, codes, scale, zero, extra)
 
 
 class CompressedInt:
@@ -140,6 +156,7 @@ class CompressedInt:
             KernelError: the weight does not fit.
         """
         require_holds(self, weight.spec, *weight.shape[-2:])
+        require_natural_order(self.name, weight)
         middle = 2 ** (weight.spec.bits - 1)
         out = {
             "weight": (weight.codes.short() - middle).to(torch.int8),

@@ -14,6 +14,7 @@ import torch
 from ar_kernels.layouts.base import TensorFact
 from ar_kernels.layouts.checks import require, require_holds
 from ar_kernels.layouts.nibbles import pack_nibbles, unpack_nibbles
+from ar_kernels.layouts.ordering import require_natural_order
 from ar_kernels.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class FloatLayout:
         """
         rows, columns = weight.shape[-2:]
         require_holds(self, weight.spec, rows, columns)
+        require_natural_order(self.name, weight)
         fact = self.facts(weight.spec, rows, columns)[self.scale]
         scale = weight.scale.contiguous()
         if scale.dtype != fact.dtype:

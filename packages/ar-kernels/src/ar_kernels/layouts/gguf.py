@@ -22,6 +22,7 @@ from ar_kernels.layouts.gguf_fields import (
     unpack_scales_min,
     unpack_scales_q3,
 )
+from ar_kernels.layouts.ordering import require_natural_order
 from ar_kernels.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class GgufLayout:
         """
         rows, columns = weight.shape[-2:]
         require_holds(self, weight.spec, rows, columns)
+        require_natural_order(self.name, weight)
         made = self.encode(weight)
         parts = [made[name] for name, _ in self.fields]
         return {"blocks": torch.cat(parts, -1).reshape(rows, -1).contiguous()}

@@ -13,7 +13,14 @@ import torch
 
 from ar_kernels.layouts.base import TensorFact
 from ar_kernels.layouts.bitstream import WORD, pack_stream, unpack_stream
-from ar_kernels.weight import KernelError, QuantizedWeight
+from ar_kernels.layouts.ordering import (
+    index_of,
+    natural_codes,
+    order_of,
+    require_natural_order,
+    sorted_by,
+)
+from ar_kernels.weight import CHANNEL_ORDER, KernelError, QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,6 +83,8 @@ class GptqLayout:
         why = self.refuses(weight.spec, rows, columns)
         if why is not None:
             raise KernelError(why)
+        if not self.with_g_idx:
+            require_natural_order(self.name, weight)
         bits = weight.spec.bits
         zero = weight.zero_point
         if zero is None:
@@ -87,12 +96,12 @@ class GptqLayout:
             )
             raise KernelError(msg)
         out = {
-            "qweight": pack_stream(weight.codes, bits).t().contiguous(),
+            "qweight": pack_stream(natural_codes(weight), bits).t().contiguous(),
             "qzeros": pack_stream((zero - self.zero_shift).t().contiguous(), bits),
             "scales": weight.scale.to(torch.float16).t().contiguous(),
         }
         if self.with_g_idx:
-            out["g_idx"] = _groups(weight.spec, columns).to(weight.codes.device, torch.int32)
+            out["g_idx"] = index_of(weight)
         return out
 
     def unpack(
@@ -102,11 +111,16 @@ class GptqLayout:
 
         Raises:
             KernelError: the weight does not fit, a tensor is missing or has the wrong shape or
-                type, `g_idx` orders the channels otherwise, or a symmetric checkpoint holds
+                type, `g_idx` makes groups of unequal size, or a symmetric checkpoint holds
                 zero points that are not the middle.
         """
         self._check(tensors, spec, rows, columns)
+        index = tensors.get("g_idx")
+        order = None if index is None else order_of(index, spec, columns)
         codes = unpack_stream(tensors["qweight"].t().contiguous(), spec.bits, columns)
+        codes = sorted_by(codes, order)
+        extra = {} if order is None else {CHANNEL_ORDER: order}
+        scale = tensors["scales"].t().contiguous()
         zero = unpack_stream(tensors["qzeros"], spec.bits, rows).t().contiguous()
         # the addition wraps within the width, as readers that mask after adding do
         zero = (zero + self.zero_shift) & (2**spec.bits - 1)
@@ -117,8 +131,8 @@ class GptqLayout:
                     f"{2 ** (spec.bits - 1)}; read it as asymmetric (sym=False)"
                 )
                 raise KernelError(msg)
-            return QuantizedWeight(spec, codes, tensors["scales"].t().contiguous())
-        return QuantizedWeight(spec, codes, tensors["scales"].t().contiguous(), zero)
+            return QuantizedWeight(spec, codes, scale, extra=extra)
+        return QuantizedWeight(spec, codes, scale, zero, extra)
 
     def _check(
         self, tensors: Mapping[str, Tensor], spec: TensorSpec, rows: int, columns: int
@@ -137,19 +151,6 @@ class GptqLayout:
                     f"{list(fact.shape)}, found {have}"
                 )
                 raise KernelError(msg)
-        index = tensors.get("g_idx")
-        if index is not None and not torch.equal(index.cpu().long(), _groups(spec, columns)):
-            msg = (
-                f"{self.name}: g_idx is not channel // {columns // facts['scales'].shape[0]}: the "
-                "checkpoint orders its channels by activation (desc_act), which is not supported; "
-                "quantize without it"
-            )
-            raise KernelError(msg)
-
-
-def _groups(spec: TensorSpec, columns: int) -> Tensor:
-    """Return the group of each input channel, int64 [I]."""
-    return torch.arange(columns) // spec.granularity.region(1, columns)[1]
 
 
 GPTQ = GptqLayout("gptq", zero_shift=1)

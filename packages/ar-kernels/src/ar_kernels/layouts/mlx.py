@@ -13,6 +13,7 @@ import torch
 from ar_kernels.layouts.base import TensorFact
 from ar_kernels.layouts.bitstream import WORD, pack_stream, unpack_stream
 from ar_kernels.layouts.checks import require, require_holds
+from ar_kernels.layouts.ordering import require_natural_order
 from ar_kernels.weight import KernelError, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class MlxLayout:
             KernelError: the weight does not fit, or a bias is too large for its type.
         """
         require_holds(self, weight.spec, *weight.shape[-2:])
+        require_natural_order(self.name, weight)
         bias = weight.extra["minimum"] if weight.spec.data_type == _SHIFTED else _middle(weight)
         return {
             "weight": pack_stream(weight.codes, weight.spec.bits).view(torch.uint32),
