@@ -268,7 +268,9 @@ class TestExLlama(BackendConformance):
 
 
 @pytest.mark.parametrize(
-    ("backend", "package"), [(ARK, "auto-round-lib"), (Marlin(), "gptqmodel")], ids=["ark", "marlin"]
+    ("backend", "package"),
+    [(ARK, "auto-round-lib"), (Marlin(), "gptqmodel")],
+    ids=["ark", "marlin"],
 )
 def test_a_library_that_is_not_installed_is_named(backend: Marlin, package: str) -> None:
     if find_spec({"auto-round-lib": "auto_round_kernel"}.get(package, package)) is not None:

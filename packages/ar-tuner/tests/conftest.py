@@ -55,6 +55,44 @@ def qwen3_moe(t: Any) -> Any:
     return t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**SMALL, head_dim=16, **experts))
 
 
+def mixtral(t: Any, **changes: Any) -> Any:
+    return t.MixtralForCausalLM(t.MixtralConfig(**{**SMALL, "num_local_experts": 4, **changes}))
+
+
+def gpt_oss(t: Any) -> Any:
+    more = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    return t.GptOssForCausalLM(t.GptOssConfig(**SMALL, **more))
+
+
+def llama4(t: Any) -> Any:
+    more = {"head_dim": 16, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1}
+    return t.Llama4ForCausalLM(t.Llama4TextConfig(**SMALL, **more, **experts))
+
+
+def deepseek_v3(t: Any) -> Any:
+    heads = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16}
+    heads |= {"qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    experts |= {"moe_intermediate_size": 64, "first_k_dense_replace": 1}
+    sizes = {**SMALL, "num_key_value_heads": 4, **heads, **experts}
+    return t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**sizes))
+
+
+def qwen3_next(t: Any) -> Any:
+    experts = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    kinds = ["linear_attention", "full_attention"]
+    more = {"head_dim": 16, "shared_expert_intermediate_size": 64, "layer_types": kinds}
+    return t.Qwen3NextForCausalLM(t.Qwen3NextConfig(**SMALL, **experts, **linear, **more))
+
+
+def granite_moe(t: Any) -> Any:
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return t.GraniteMoeForCausalLM(t.GraniteMoeConfig(**SMALL, **more))
+
+
 def mistral(t: Any) -> Any:
     return t.MistralForCausalLM(t.MistralConfig(**SMALL, sliding_window=8))
 
@@ -66,7 +104,14 @@ MODELS = {
     "gpt2": gpt2,
     "mistral": mistral,
     "qwen3_moe": qwen3_moe,
+    "granite_moe": granite_moe,
+    "mixtral": mixtral,
+    "gpt_oss": gpt_oss,
+    "llama4": llama4,
+    "deepseek_v3": deepseek_v3,
+    "qwen3_next": qwen3_next,
 }
+"""Tiny models by type; from qwen3_moe on they have fused experts, in all their layouts."""
 
 
 @pytest.fixture

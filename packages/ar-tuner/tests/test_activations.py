@@ -17,8 +17,8 @@ from ar_tuner.activations import (
 from ar_tuner.algorithms.base import BlockTask, Target, TuneSettings
 from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.algorithms.signround import SignRound, block_error
-from ar_tuner.blocks import WeightRef
 from ar_tuner.fused import fused_groups, shared_values
+from ar_tuner.parts import WeightRef
 from ar_tuner.rows import RowBank, rows_of
 from ar_tuner.walk import Call
 

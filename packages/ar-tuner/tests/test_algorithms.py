@@ -13,7 +13,7 @@ from ar_tuner.algorithms.base import Algorithm, BlockTask, Target, TuneSettings
 from ar_tuner.algorithms.importance import input_energy
 from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.algorithms.signround import SignRound, block_error, generator_for
-from ar_tuner.blocks import WeightRef
+from ar_tuner.parts import WeightRef
 from ar_tuner.registry import algorithm, algorithms
 from ar_tuner.rows import RowBank, rows_of
 from ar_tuner.walk import Call

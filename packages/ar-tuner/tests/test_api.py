@@ -189,11 +189,11 @@ def test_an_embedding_that_is_asked_for_is_quantized(model) -> None:
     assert torch.allclose(before, after, atol=0.01 * float(before.abs().max()))
 
 
-def test_fused_experts_that_are_asked_for_are_refused_before_work(model, rows) -> None:
-    made = model("qwen3_moe")
-    kept = [r for r in AutoRound(made, group_size=32).plan().rows if "experts" in r.layer.name]
-    assert kept
-    assert all("fused experts" in r.reason and not r.quantized for r in kept)
-    job = AutoRound(made, layer_config={"experts": {"bits": 4}}, group_size=32)
-    with pytest.raises(TunerError, match=r"mlp\.experts\..*fused experts"):
+def test_fused_experts_of_an_unknown_layout_are_kept_and_refused_if_asked_for(model) -> None:
+    made = model("granite_moe")
+    rows = [r for r in AutoRound(made, group_size=32).plan().rows if r.layer.role == "experts"]
+    assert {r.layer.name.rpartition(".")[2] for r in rows} == {"weight"}
+    assert all("unknown layout" in r.reason and not r.quantized for r in rows)
+    job = AutoRound(made, layer_config={"block_sparse_moe": {"bits": 4}}, group_size=32)
+    with pytest.raises(TunerError, match=r"block_sparse_moe\..*unknown layout"):
         job.plan()

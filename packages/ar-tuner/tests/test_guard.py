@@ -14,8 +14,8 @@ from ar_tuner import AutoRound, events
 from ar_tuner.algorithms.base import BlockResult, BlockTask, Target, TuneSettings
 from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.algorithms.signround import SignRound
-from ar_tuner.blocks import WeightRef
 from ar_tuner.guard import doubt, guarded, power, relative_error
+from ar_tuner.parts import WeightRef
 from ar_tuner.rows import RowBank, rows_of
 from ar_tuner.walk import Call
 

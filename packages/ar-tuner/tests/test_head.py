@@ -22,8 +22,8 @@ from ar_tuner.algorithms.rtn import nearest
 from ar_tuner.algorithms.signround import SignRound
 from ar_tuner.algorithms.slices import joined, slices_of
 from ar_tuner.algorithms.tunables import at_start
-from ar_tuner.blocks import WeightRef
 from ar_tuner.logits import tail_of
+from ar_tuner.parts import WeightRef
 from ar_tuner.rows import RowBank, rows_of
 from ar_tuner.walk import Call
 

@@ -16,7 +16,7 @@ from ar_tuner.algorithms.importance import filled, input_energy, metered
 from ar_tuner.algorithms.opt_rtn import OptRtn, gains, searched_of
 from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.algorithms.signround import SignRound
-from ar_tuner.blocks import WeightRef
+from ar_tuner.parts import WeightRef
 from ar_tuner.rows import RowBank, rows_of
 from ar_tuner.walk import Call
 

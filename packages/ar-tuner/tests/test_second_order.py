@@ -23,7 +23,7 @@ from ar_tuner.algorithms.second_order.solve import Problem, solve, start
 from ar_tuner.algorithms.second_order.statistics import Gap, Moments, Statistics, collect
 from ar_tuner.algorithms.second_order.sweep import sweep
 from ar_tuner.algorithms.second_order.tracing import added_share, trace
-from ar_tuner.blocks import WeightRef
+from ar_tuner.parts import WeightRef
 from ar_tuner.registry import algorithm
 from ar_tuner.rows import RowBank, rows_of
 from ar_tuner.walk import Call

@@ -9,6 +9,7 @@ import torch
 from ar_export.errors import ExportError
 from ar_export.reader import open_checkpoint
 from ar_kernels import KernelError
+from ar_kernels.hf.fused import joined_experts
 from ar_kernels.hf.understand import understand
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def open_dequantized(found: Readable, dtype: torch.dtype | str = "auto") -> nn.M
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     wanted = _dtype(dtype, config)
-    model, report = _architecture(config).from_pretrained(
+    model, report = architecture(config).from_pretrained(
         None,
         config=config,
         state_dict=_oriented(dequantized(found, wanted), found, config),
@@ -94,17 +95,21 @@ def dequantized(found: Readable, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _oriented(tensors: dict[str, Tensor], found: Readable, config: Any) -> dict[str, Tensor]:
-    """Turn quantized weights of Conv1D layers, which the model keeps as [I, O]."""
+    """Turn quantized weights of Conv1D layers, which the model keeps as [I, O], and join experts.
+
+    Experts are joined where the names of single ones are those of `fused_parts`: Transformers
+    does not know them in models whose own files are fused.
+    """
     with torch.device("meta"):
-        model = _architecture(config)(config)
+        model = architecture(config)(config)
     turned = {name for name, part in model.named_modules() if type(part).__name__ == "Conv1D"}
     for layer in found.quantized:
         if layer in turned:
             tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].t().contiguous()
-    return tensors
+    return joined_experts(tensors, model)
 
 
-def _architecture(config: Any) -> Any:
+def architecture(config: Any) -> Any:
     """Return the model class: the one the config names, else that of its type."""
     import transformers
 

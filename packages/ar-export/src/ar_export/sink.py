@@ -21,6 +21,7 @@ from ar_export.formats.base import (
     SetsDtype,
 )
 from ar_export.formats.dtypes import config_dtype
+from ar_export.joining import joiner_for
 from ar_export.measure import plan_size, refusal
 from ar_export.reader import format_of
 from ar_export.registry import formats
@@ -158,6 +159,8 @@ class SafetensorsSink:
         self._dtype = config_dtype(request.config)
         self._config = found.config(request)
         self._turned = {r.layer.name for r in request.plan.rows if r.layer.transposed}
+        # floats are opened by Transformers, which knows single experts of some models only
+        self._joiner = joiner_for(request.plan, request.config) if self._config is None else None
 
     def put(self, name: str, weight: QuantizedWeight) -> None:
         """Take the weight of a layer (name without `.weight`)."""
@@ -165,7 +168,10 @@ class SafetensorsSink:
         if self._config is None and name in self._turned:  # floats lie as the model holds them
             parts = {suffix: tensor.t() for suffix, tensor in parts.items()}
         for suffix, tensor in parts.items():
-            self._shards().add(f"{name}.{suffix}", tensor)
+            key = f"{name}.{suffix}"
+            ready = {key: tensor} if self._joiner is None else self._joiner.take(key, tensor)
+            for final, whole in ready.items():
+                self._shards().add(final, whole)
 
     def put_tensor(self, name: str, tensor: Tensor) -> None:
         """Take a tensor that stays as it is."""

@@ -1,6 +1,6 @@
 """Activations quantized as the schemes say, while blocks are tuned and chained.
 
-Hooks on the linear layers for the time of a call: no module is replaced, nothing stays behind.
+Layers are watched for the time of a call: no module is replaced, nothing stays behind.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_kernels.numerics.activation import fake_quant_activation, static_scale
+from ar_tuner.watching import watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import Scheme, TensorSpec
     from ar_tuner.algorithms.base import BlockTask, Target
-
-    Hook = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
+    from ar_tuner.parts import WeightRef
 
 STATIC_GLOBAL = "nv_fp4_with_static_gs"
 """Activations with a global scale collected beforehand and block scales found at run time."""
@@ -70,15 +70,13 @@ def collect_ranges(task: BlockTask) -> dict[str, Tensor]:
         return {}
     peaks: dict[str, Tensor] = {}
 
-    def watch(layer: str) -> Hook:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG001
-            if args[0].numel():
-                peak = args[0].detach().float().abs().amax()
-                peaks[layer] = torch.maximum(peaks.get(layer, peak), peak)
+    def watch(refs: Sequence[WeightRef], x: Tensor) -> None:
+        if x.numel():
+            peak = x.detach().float().abs().amax()
+            for ref in refs:
+                peaks[ref.layer] = torch.maximum(peaks.get(ref.layer, peak), peak)
 
-        return hook
-
-    with _hooked(task.block, {t: watch(t.ref.layer) for t in static}), torch.no_grad():
+    with watching(task.block, [t.ref for t in static], watch), torch.no_grad():
         for rows in task.inputs.chunks(task.inputs.rows, task.settings.batch_size):
             task.run({}, rows)
     if not peaks:
@@ -121,23 +119,19 @@ def quantized_activations(
     """
     last: _Quantized | None = None
 
-    def quantize(spec: TensorSpec, static: Tensor | None) -> Hook:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
-            nonlocal last
-            x = args[0]
-            if last is None or not last.serves(x, spec, static):
-                made = fake_quant_activation(x, spec, static=static).to(x.dtype)
-                last = _Quantized(x, _version(x), spec, static, torch.is_grad_enabled(), made)
-            return (last.made, *args[1:])
+    specs = {t.ref.layer: t.scheme.activation for t in targets if t.scheme.activation is not None}
 
-        return hook
+    def watch(refs: Sequence[WeightRef], x: Tensor) -> Tensor:
+        nonlocal last
+        # projections of one expert have one scheme, and share their range
+        layer = refs[0].layer
+        spec, static = specs[layer], ranges.get(layer)
+        if last is None or not last.serves(x, spec, static):
+            made = fake_quant_activation(x, spec, static=static).to(x.dtype)
+            last = _Quantized(x, _version(x), spec, static, torch.is_grad_enabled(), made)
+        return last.made
 
-    hooks = {
-        t: quantize(t.scheme.activation, ranges.get(t.ref.layer))
-        for t in targets
-        if t.scheme.activation is not None
-    }
-    with _hooked(block, hooks):
+    with watching(block, [t.ref for t in targets if t.ref.layer in specs], watch):
         yield
 
 
@@ -165,16 +159,3 @@ class _Quantized:
 def _version(x: Tensor) -> int:
     """Return a number that changes when a tensor is written into, where torch counts that."""
     return 0 if x.is_inference() else x._version  # noqa: SLF001 - torch has no public name for it
-
-
-@contextlib.contextmanager
-def _hooked(block: nn.Module, hooks: Mapping[Target, Hook]) -> Iterator[None]:
-    handles = []
-    try:
-        for target, hook in hooks.items():
-            module = block.get_submodule(target.ref.parameter.rpartition(".")[0])
-            handles.append(module.register_forward_pre_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

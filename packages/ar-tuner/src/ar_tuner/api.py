@@ -304,7 +304,8 @@ class AutoRound:
         self, model: nn.Module
     ) -> tuple[ModelAdapter, Discovery, list[LayerInfo], LayerPlan]:
         adapter = find_adapter(getattr(model, "config", None))
-        discovery = find_blocks(model, adapter, paths=self.settings.block_paths)
+        wiring = None if self.source is None else self.blueprint().wiring
+        discovery = find_blocks(model, adapter, paths=self.settings.block_paths, wiring=wiring)
         layers = list(layers_of(model, discovery, adapter))
         layers += self._strangers(layers)
         return adapter, discovery, layers, self._resolved(model, layers, self._rules())

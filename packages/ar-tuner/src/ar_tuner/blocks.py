@@ -11,6 +11,8 @@ from torch import nn
 
 from ar_schemes import LayerInfo
 from ar_tuner.errors import TunerError
+from ar_tuner.experts import Experts, find_experts, is_fused, own_wiring
+from ar_tuner.parts import WeightRef
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ar_tuner.adapters import ModelAdapter
+    from ar_tuner.wiring import Wiring
 
 NON_TEXT = re.compile(
     r"(^|\.)(vision|visual|image|vit|audio|speech|vqmodel|vision_\w+|\w*_tower|\w*projector|"
@@ -37,6 +40,7 @@ class Block:
 
     name: str
     module: nn.Module
+    experts: Experts = Experts()
 
 
 @dataclass(frozen=True)
@@ -47,29 +51,24 @@ class Discovery:
     blocks: tuple[Block, ...]
 
 
-@dataclass(frozen=True)
-class WeightRef:
-    """One weight of a block, addressed by name, seen as [O, I].
-
-    `parameter` is relative to the block. `transposed`: stored as [I, O] (Conv1D of GPT-2).
-    """
-
-    layer: str
-    parameter: str
-    transposed: bool
-
-    def view(self, stored: Tensor) -> Tensor:
-        """Return the stored parameter as [O, I] (and the other way round)."""
-        return stored.t() if self.transposed else stored
-
-
 def find_blocks(
-    model: nn.Module, adapter: ModelAdapter, *, paths: tuple[str, ...] | None = None
+    model: nn.Module,
+    adapter: ModelAdapter,
+    *,
+    paths: tuple[str, ...] | None = None,
+    wiring: Wiring | None = None,
 ) -> Discovery:
     """Return the decoder blocks by the generic rule, or those at the paths given.
 
     In the text decoder, the outermost module lists whose children all hold weights; lists of
     blocks that support gradient checkpointing and of the configured length are preferred.
+
+    Args:
+        model: the model, with weights or without.
+        adapter: what is known of it beyond the generic rule.
+        paths: lists of blocks, by name.
+        wiring: how the model is made of a checkpoint, which names its experts; None: of the one
+            it would be saved in.
 
     Raises:
         TunerError: nothing that looks like blocks, or a path that is no list of modules.
@@ -84,7 +83,20 @@ def find_blocks(
         if not isinstance(holder, nn.ModuleList):
             raise TunerError(_no_list(model, path))
         blocks += [Block(f"{path}.{i}", m) for i, m in enumerate(holder) if m is not None]
-    return Discovery(lists=tuple(chosen), blocks=tuple(blocks))
+    return Discovery(lists=tuple(chosen), blocks=tuple(_with_experts(model, blocks, wiring)))
+
+
+def _with_experts(model: nn.Module, blocks: list[Block], wiring: Wiring | None) -> list[Block]:
+    fused = any(
+        is_fused(f"{path}.{leaf}", module, parameter)
+        for block in blocks
+        for path, module in block.module.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+    )
+    if not fused:
+        return blocks
+    known = own_wiring(model) if wiring is None else wiring
+    return [Block(b.name, b.module, find_experts(b.module, b.name, known)) for b in blocks]
 
 
 def layers_of(model: nn.Module, discovery: Discovery, adapter: ModelAdapter) -> Iterator[LayerInfo]:
@@ -111,7 +123,8 @@ def layers_of(model: nn.Module, discovery: Discovery, adapter: ModelAdapter) -> 
             turned = not isinstance(module, nn.Linear)
             yield LayerInfo(name, rows, columns, block, role=role, keep=keep, transposed=turned)  # type: ignore[arg-type]
         elif block is not None:
-            yield from _fused(name, module, block)
+            inside = name.removeprefix(f"{block}.")
+            yield from owner[block].experts.of(inside, owner[block].module, block)
 
 
 def weights_of(block: Block, layers: list[str]) -> list[WeightRef]:
@@ -123,7 +136,7 @@ def weights_of(block: Block, layers: list[str]) -> list[WeightRef]:
         if full in wanted and is_linear(module):
             transposed = not isinstance(module, nn.Linear)
             out.append(WeightRef(full, f"{name}.weight", transposed))
-    return out
+    return out + [ref for ref in block.experts.parts if ref.layer in wanted]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -142,16 +155,6 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Return (O, I) of a linear layer."""
     first, second = weight_of(module).shape
     return (first, second) if isinstance(module, nn.Linear) else (second, first)
-
-
-def _fused(name: str, module: nn.Module, block: str) -> Iterator[LayerInfo]:
-    for key, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim == 3 and "expert" in f"{name}.{key}".lower():
-            copies, rows, columns = parameter.shape
-            why = "fused experts [E, O, I]: this version tunes linear layers only"
-            yield LayerInfo(
-                f"{name}.{key}", rows, columns, block, role="experts", copies=copies, keep=why
-            )
 
 
 def _discover(model: nn.Module, adapter: ModelAdapter) -> tuple[str, ...]:

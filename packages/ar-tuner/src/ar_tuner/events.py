@@ -57,6 +57,16 @@ class BlockStarted(Event):
 
 
 @dataclass(frozen=True)
+class ExpertTokens(Event):
+    """How many calibration tokens each expert of a list (`...mlp.experts`) was sent."""
+
+    kind: ClassVar[str] = "expert_tokens"
+    index: int
+    name: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class BlockProgress(Event):
     """A block is being tuned; `loss` is that of the last minibatch."""
 
@@ -179,6 +189,7 @@ RunEvent: TypeAlias = (
     | ScoringProgress
     | SchemeChosen
     | BlockStarted
+    | ExpertTokens
     | BlockProgress
     | BlockDone
     | StageStarted

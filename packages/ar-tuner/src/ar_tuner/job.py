@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ar_schemes import LayerPlan
     from ar_tuner.api import AutoRound, Prepared
     from ar_tuner.refine import Rows
+    from ar_tuner.routed import Routed
 
 Weights = dict[str, "QuantizedWeight"]
 
@@ -276,6 +277,11 @@ def _narrated(
             run.record(event)
         request.emit(event)
 
+    def routed(index: int, found: Routed) -> None:
+        emit(events.ExpertTokens(index, found.experts, found.tokens))
+        if found.remark is not None:
+            emit(events.Note(*found.remark))
+
     blocks = job.blocks
     total = len(blocks)
     emit(
@@ -292,6 +298,7 @@ def _narrated(
         ),
         started=lambda i: emit(events.BlockStarted(i, total, blocks[i].name)),
         note=lambda level, text: emit(events.Note(level, text)),
+        routed=routed,
     )
     eta = Eta(total)
     for outcome in quantize_blocks(job):

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from ar_tuner.algorithms.base import Target
 from ar_tuner.algorithms.rtn import nearest
-from ar_tuner.blocks import WeightRef, is_linear, weight_of
+from ar_tuner.blocks import is_linear, weight_of
 from ar_tuner.errors import TunerError
 from ar_tuner.events import Note
+from ar_tuner.experts import as_in_files, own_wiring
+from ar_tuner.parts import WeightRef
 from ar_tuner.pipeline import Job, install
 
 if TYPE_CHECKING:
@@ -46,9 +48,12 @@ def source_names(request: AutoRound, prepared: Prepared) -> dict[str, str]:
     Raises:
         TunerError: quantized layers have no tensor of their own there.
     """
+    parts = {f"{r.layer}.weight": f"{r.layer}.weight" for r in _parts(prepared)}
     if request.source is None:
-        return {k: k for k in prepared.model.state_dict()}
-    found = request.blueprint().wiring.names
+        if not parts:
+            return {k: k for k in prepared.model.state_dict()}
+        return own_wiring(prepared.model).names | parts
+    found = request.blueprint().wiring.names | parts
     lost = [r.layer.name for r in prepared.plan.quantized if f"{r.layer.name}.weight" not in found]
     if lost:
         msg = (
@@ -64,13 +69,37 @@ def untouched(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that stay as they are, one at a time; a tied head is left out."""
     tied = {f"{r.layer.name}.weight" for r in prepared.plan.rows if r.layer.tied}
+    apart = _taken_apart(prepared)
     if request.source is not None:
-        source = request.blueprint().source
-        yield from source.read(k for k in source.names if k not in written and k not in tied)
+        found = request.blueprint()
+        pieces = found.wiring.covered
+        gone = written | tied | {s for name in apart for s in pieces[name].sources}
+        yield from found.source.read(k for k in found.source.names if k not in gone)
         return
-    for key, tensor in prepared.model.state_dict().items():
+    state = {k: t.detach() for k, t in prepared.model.state_dict().items() if k not in apart}
+    if apart:
+        state = as_in_files(prepared.model, state)
+    for key, tensor in state.items():
         if key not in written and key not in tied:
-            yield key, tensor.detach().cpu()
+            yield key, tensor.cpu()
+
+
+def _parts(prepared: Prepared) -> list[WeightRef]:
+    """Return the parts of parameters that the plan quantizes."""
+    planned = {r.layer.name for r in prepared.plan.quantized}
+    blocks = prepared.discovery.blocks
+    return [ref for b in blocks for ref in b.experts.parts if ref.layer in planned]
+
+
+def _taken_apart(prepared: Prepared) -> set[str]:
+    """Return the parameters of the model whose parts are written one by one."""
+    planned = {ref.layer for ref in _parts(prepared)}
+    return {
+        f"{block.name}.{ref.parameter}"
+        for block in prepared.discovery.blocks
+        for ref in block.experts.parts
+        if ref.layer in planned
+    }
 
 
 def keep_choice(request: AutoRound, directory: Path) -> None:

@@ -73,5 +73,5 @@ def open_directory(
     model, _ = load_model(
         found.path, dtype=settings.model_dtype, trust_remote_code=settings.trust_remote_code
     )
-    mine = find_blocks(model, adapter, paths=settings.block_paths).blocks
+    mine = find_blocks(model, adapter, paths=settings.block_paths, wiring=found.wiring).blocks
     return model, Kept(model, mine, placement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections import Counter
@@ -9,13 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ar_tuner.activations import is_static, quantized_activations, static_ranges
-from ar_tuner.algorithms.base import BlockResult, Target, TuneSettings, as_parameter
+from ar_tuner.algorithms.base import BlockResult, Target, TuneSettings
 from ar_tuner.algorithms.importance import metered
-from ar_tuner.blocks import WeightRef, weights_of
+from ar_tuner.blocks import weights_of
 from ar_tuner.carry import Route
 from ar_tuner.compiling import Forward, plain
 from ar_tuner.errors import TunerError
 from ar_tuner.memory import trim
+from ar_tuner.parts import WeightRef, replacements
+from ar_tuner.routed import Routed, counting
 from ar_tuner.spans import Material, quantize_span
 from ar_tuner.walk import Call, Frame, execute, suspended, trace_calls
 from ar_tuner.window import Passage, check_chained, follow, windows
@@ -48,6 +51,7 @@ class Job:
         entered: called with the index of a block whose float weights are in memory.
         started: called with the index of a block before work on it begins.
         note: called with a level and a text that a user should know.
+        routed: called with a block's index and the tokens that a list of its experts was sent.
         window: consecutive blocks that are tuned as one.
         head: the output head, walked after the blocks as one more, if it is to be quantized.
         tail: what the model does to the head's logits.
@@ -69,6 +73,7 @@ class Job:
     entered: Callable[[int], None] = lambda index: None
     started: Callable[[int], None] = lambda index: None
     note: Callable[[Level, str], None] = lambda level, text: None
+    routed: Callable[[int, Routed], None] = lambda index, found: None
     window: int = 1
     head: Block | None = None
     tail: Callable[[Tensor], Tensor] = lambda logits: logits
@@ -183,10 +188,13 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
             began, fresh, restored = time.perf_counter(), span[0] not in done, False
             for index in span:
                 job.enter(index)
-            passages, energy = _float_pass(job, span, floats)
+            with _counting(job, span) as routed:
+                passages, energy = _float_pass(job, span, floats)
             if fresh:
                 for index in span:
                     job.entered(index)
+                    for found in routed[index]:
+                        job.routed(index, found)
                 firsts = [f.call for f in quants or floats if f.call is not None]
                 material = Material(firsts, passages, energy)
                 results, restored = quantize_span(job, span, material, errors)
@@ -246,6 +254,18 @@ def _float_pass(
     return passages, energy.means()
 
 
+@contextlib.contextmanager
+def _counting(job: Job, span: tuple[int, ...]) -> Iterator[dict[int, list[Routed]]]:
+    """Yield, by block, what will tell the tokens of its experts once the context is left."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            index: stack.enter_context(
+                counting(job.blocks[index].module, job.targets(job.blocks[index]))
+            )
+            for index in span
+        }
+
+
 def _pass_on(
     job: Job,
     span: tuple[int, ...],
@@ -279,12 +299,7 @@ def _replaced(
 def _replacements(
     job: Job, block: Block, weights: Mapping[str, QuantizedWeight]
 ) -> dict[str, Tensor]:
-    return {
-        t.ref.parameter: as_parameter(
-            t, weights[t.ref.layer].dequantize(), block.module.get_parameter(t.ref.parameter)
-        )
-        for t in job.targets(block)
-    }
+    return replacements(block.module, [t.ref for t in job.targets(block)], weights)
 
 
 def install(block: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_tuner import events
-from ar_tuner.algorithms.base import as_parameter
 from ar_tuner.blocks import NON_TEXT
 from ar_tuner.calibration.split import split_rows
 from ar_tuner.errors import TunerError
+from ar_tuner.parts import replacements
 from ar_tuner.residence import outside, send
 from ar_tuner.stages import ModelResult, ModelTarget, ModelTask, StageSettings
 from ar_tuner.whole import whole_model
@@ -120,11 +121,10 @@ class Refinement:
 def copy_floats(job: Job, index: int) -> dict[str, Tensor]:
     """Return the float weights of a block that the plan quantizes, by parameter name, in RAM."""
     block = job.blocks[index]
+    names = dict.fromkeys(t.ref.parameter for t in job.targets(block))
     return {
-        f"{block.name}.{t.ref.parameter}": block.module.get_parameter(t.ref.parameter).data.to(
-            "cpu", copy=True
-        )
-        for t in job.targets(block)
+        f"{block.name}.{name}": block.module.get_parameter(name).data.to("cpu", copy=True)
+        for name in names
     }
 
 
@@ -170,9 +170,12 @@ def refine(
     floats = {k: v.to(device) for k, v in refinement.floats.items()}
     weights = {layer: weight.to(device) for layer, weight in weights.items()}
     emit(events.StageStarted(name, refinement.settings.steps))
+    targets = _targets(job, floats, weights)
+    apart = {t.parameter for t in targets if not t.ref.whole}
     task = ModelTask(
         logits=whole_model(job, weights, floats, flat=refinement.settings.flat),
-        targets=_targets(job, floats, weights),
+        targets=targets,
+        stored={n: job.model.get_parameter(n).data for n in apart},
         gains={n: job.model.get_parameter(n).data for n in refinement.gains},
         rows=refinement.rows.to(device),
         held_out=refinement.held_out.to(device),
@@ -271,11 +274,9 @@ def install_refined(
 ) -> None:
     """Put what a stage made into the model."""
     for block in job.blocks:
-        for t in job.targets(block):
-            if t.ref.layer in weights:
-                stored = block.module.get_parameter(t.ref.parameter)
-                weight = weights[t.ref.layer].to(stored.device)
-                stored.data = as_parameter(t, weight.dequantize(), stored).contiguous()
+        made = replacements(block.module, [t.ref for t in job.targets(block)], weights)
+        for name, value in made.items():
+            block.module.get_parameter(name).data = value.contiguous()
     for name, tensor in tensors.items():
         stored = job.model.get_parameter(name)
         stored.data = tensor.to(stored)
@@ -302,6 +303,7 @@ def _targets(
         for t in job.targets(block):
             name = f"{block.name}.{t.ref.parameter}"
             weight = weights[t.ref.layer]
-            original = t.ref.view(floats[name])
-            out.append(ModelTarget(t.ref.layer, name, t.ref.transposed, t.scheme, weight, original))
+            original, ref = t.ref.view(floats[name]), t.ref
+            target = ModelTarget(ref.layer, name, ref.transposed, t.scheme, weight, original)
+            out.append(dataclasses.replace(target, expert=ref.expert, rows=ref.rows))
     return tuple(out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from ar_tuner.parts import WeightRef
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -27,6 +29,7 @@ class ModelTarget:
         scheme: what it is quantized to.
         weight: its codes and scales as they stand.
         original: the float weight [O, I] it came from.
+        expert, rows: where in the parameter it is, if that holds several (`WeightRef`).
     """
 
     layer: str
@@ -35,10 +38,20 @@ class ModelTarget:
     scheme: Scheme
     weight: QuantizedWeight
     original: Tensor
+    expert: int | None = None
+    rows: tuple[int, int, int] | None = None
 
-    def view(self, stored: Tensor) -> Tensor:
-        """Return the stored parameter as [O, I] (and the other way round)."""
-        return stored.t() if self.transposed else stored
+    @property
+    def ref(self) -> WeightRef:
+        """Where it is in the model."""
+        return WeightRef(self.layer, self.parameter, self.transposed, self.expert, self.rows)
+
+    def view(self, matrix: Tensor) -> Tensor:
+        """Return a matrix as stored from one [O, I], and the other way round.
+
+        A part of a parameter is [O, I] until it is put in its place.
+        """
+        return matrix.t() if self.transposed and self.ref.whole else matrix
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class ModelTask:
         held_out: token ids [M, T] of other documents, which decide whether the result is kept.
         settings: numbers of the stage.
         report: called with (step, steps, loss) now and then.
+        stored: parameters of the model that hold several targets, by name, as they stand.
         save: called with tensors and the number of steps done, when a state is worth keeping.
         saved: the state that an interrupted stage kept last, and its number of steps.
     """
@@ -87,6 +101,7 @@ class ModelTask:
     rows: Tensor
     held_out: Tensor
     settings: StageSettings
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None
     save: Callable[[Mapping[str, Tensor], int], None] = lambda state, done: None
     saved: tuple[Mapping[str, Tensor], int] | None = None

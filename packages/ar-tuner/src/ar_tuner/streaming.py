@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ar_tuner.blocks import Block
 from ar_tuner.errors import TunerError
 from ar_tuner.residence import Streamed, hollow
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ar_tuner.blocks import Block
     from ar_tuner.devices import Placement
     from ar_tuner.source import Source
     from ar_tuner.wiring import Piece, Wiring
@@ -75,7 +76,7 @@ def open_streamed(
     """
     away = comers(blueprint.model, blocks, blueprint.wiring)
     model = load_without(blueprint, away, dtype=dtype)
-    mine = [Block(b.name, model.get_submodule(b.name)) for b in blocks]
+    mine = [dataclasses.replace(b, module=model.get_submodule(b.name)) for b in blocks]
     return Streamed(model, mine, away, blueprint.source, placement=placement)
 
 

@@ -141,7 +141,7 @@ def _type(
             return None
         output = layer.role == "lm_head" or tied
         return ("Q8_0" if base == "Q8_0" else "Q6_K") if output else base
-    if layer.block is None or layer.role != "linear":
+    if layer.block is None or layer.role not in ("linear", "experts"):
         return None
     roles = (("v", _V), ("down", _DOWN), ("out", _OUT))
     role = next((name for name, pattern in roles if pattern.search(layer.name)), "")

@@ -100,7 +100,10 @@ class GgufCheckpoint:
             raise ExportError(msg)
         entry, found = self.quantized[layer], self.stored[f"{layer}.weight"]
         assert entry.scheme.weight is not None
-        blocks = torch.from_numpy(found.data.copy()).reshape(entry.rows, -1)
+        data = found.data
+        if len(_shape(found)) == _STACKED:
+            data = data[int(_NUMBER.findall(f"{layer}.")[-1])]
+        blocks = torch.from_numpy(data.copy()).reshape(entry.rows, -1)
         try:
             made = layout(entry.layout).unpack(
                 {"blocks": blocks}, entry.scheme.weight, entry.rows, entry.columns
@@ -144,14 +147,14 @@ def open_gguf(path: Path) -> GgufCheckpoint:
             for name in _experts(key, shape):
                 stored[name], facts[name] = found, TensorFact(shape[-2:], _FLOATS[kind])
             continue
-        stored[key] = found
-        facts[key] = TensorFact(shape, torch.uint8)
-        if kind not in PRESETS or len(shape) != 2:  # noqa: PLR2004
+        if kind not in PRESETS or len(shape) not in (2, _STACKED):
             msg = f"{file}: {found.name} is of type {kind} {list(shape)}, which is not read here"
             raise ExportError(msg)
-        layer = key.removesuffix(".weight")
         preset = scheme(PRESETS[kind])
-        quantized[layer] = LayerEntry(preset, shape[0], shape[1], f"gguf_{kind.lower()}")
+        for name in _experts(key, shape):
+            stored[name], facts[name] = found, TensorFact(shape[-2:], torch.uint8)
+            layer, order = name.removesuffix(".weight"), f"gguf_{kind.lower()}"
+            quantized[layer] = LayerEntry(preset, shape[-2], shape[-1], order)
     files = dict.fromkeys(stored, file)
     return GgufCheckpoint(folder, config, facts, files, quantized, arch, stored)
 

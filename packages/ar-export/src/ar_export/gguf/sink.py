@@ -60,7 +60,12 @@ class GgufSink:
         order = row_order(found[0], self._arch, self._request.config)
         placed = weight if order is None else reordered(weight, order)
         blocks = layout(f"gguf_{kind.lower()}").pack(placed)["blocks"]
-        self._add(found[0], blocks, kind)
+        target, expert = found
+        if expert is not None:
+            blocks = self._stacked(target, expert, blocks.reshape(weight.shape[0], -1))
+            if blocks.ndim == 2:  # noqa: PLR2004 - others of its layer are still to come
+                return
+        self._add(target, blocks, kind)
 
     def put_tensor(self, name: str, tensor: Tensor) -> None:
         """Take a tensor that stays as it is."""
@@ -122,11 +127,8 @@ class GgufSink:
 
     def _stacked(self, target: str, expert: int, tensor: Tensor) -> Tensor:
         """Return all experts of a layer as [E, O, I] once they are there, else the one."""
-        count = int(
-            self._request.config.get("num_local_experts")
-            or self._request.config.get("num_experts")
-            or 0
-        )
+        names = ("num_local_experts", "num_experts", "n_routed_experts")
+        count = next((int(n) for n in map(self._request.config.get, names) if n), 0)
         here = self._experts.setdefault(target, {})
         here[expert] = tensor
         if len(here) < count:

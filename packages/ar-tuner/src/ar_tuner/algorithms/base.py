@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import Scheme
-    from ar_tuner.blocks import WeightRef
+    from ar_tuner.parts import WeightRef
     from ar_tuner.rows import RowBank
 
 
@@ -197,9 +197,3 @@ class Algorithm(Protocol):
 
     def quantize(self, task: BlockTask) -> BlockResult:
         """Return the quantized weights of a block. Must not change the block or global state."""
-
-
-def as_parameter(target: Target, weight: Tensor, like: Any) -> Tensor:
-    """Return a weight [O, I] as the block stores it: orientation, type and device."""
-    device = weight.device if like.is_meta else like.device
-    return target.ref.view(weight).to(device=device, dtype=like.dtype)

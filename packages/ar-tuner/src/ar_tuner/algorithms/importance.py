@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_kernels.numerics.grouping import grouped, ungrouped
+from ar_tuner.watching import watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
 
     from ar_schemes import TensorSpec
     from ar_tuner.algorithms.base import BlockTask, Target
+    from ar_tuner.parts import WeightRef
 
 ROWS = 32
 """Rows that tuning looks at; the mean square settles long before."""
@@ -30,17 +32,20 @@ class Energy:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
 
-    def add(self, layer: str, x: Tensor) -> None:
-        """Take what a layer was given, [..., I]."""
+    def add(self, layers: Sequence[str], x: Tensor) -> None:
+        """Take what layers were given, [..., I]."""
         flat = x.detach().float().reshape(-1, x.shape[-1])
-        self._sums[layer] = self._sums.get(layer, 0.0) + flat.square().sum(0)
-        self._counts[layer] = self._counts.get(layer, 0) + flat.shape[0]
+        squares = flat.square().sum(0)
+        for layer in layers:
+            self._sums[layer] = self._sums.get(layer, 0.0) + squares
+            self.tokens[layer] = self.tokens.get(layer, 0) + flat.shape[0]
 
     def means(self) -> dict[str, Tensor]:
         """Return the mean squares, float32 [I], of the layers that were given anything."""
-        return {layer: total / max(1, self._counts[layer]) for layer, total in self._sums.items()}
+        seen = {layer: count for layer, count in self.tokens.items() if count}
+        return {layer: self._sums[layer] / count for layer, count in seen.items()}
 
 
 @contextlib.contextmanager
@@ -48,21 +53,11 @@ def metered(block: nn.Module, targets: Sequence[Target]) -> Iterator[Energy]:
     """Yield the energy of the targets' inputs, summed over all calls while the context lasts."""
     energy = Energy()
 
-    def watch(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG001
-            energy.add(layer, args[0])
+    def watch(refs: Sequence[WeightRef], x: Tensor) -> None:
+        energy.add([ref.layer for ref in refs], x)
 
-        return hook
-
-    handles = []
-    try:
-        for target in targets:
-            module = block.get_submodule(target.ref.parameter.rpartition(".")[0])
-            handles.append(module.register_forward_pre_hook(watch(target.ref.layer)))
+    with watching(block, [t.ref for t in targets], watch):
         yield energy
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def input_energy(task: BlockTask, *, rows: int = ROWS) -> dict[str, Tensor]:

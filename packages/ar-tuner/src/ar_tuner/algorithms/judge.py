@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ar_tuner.algorithms.base import as_parameter
+from ar_tuner.parts import replacements
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,12 +21,7 @@ JUDGED_ROWS = 32
 
 def block_error(task: BlockTask, weights: Mapping[str, QuantizedWeight]) -> float:
     """Return the mean squared error of the block's output with quantized weights."""
-    replaced = {
-        t.ref.parameter: as_parameter(
-            t, weights[t.ref.layer].dequantize(), task.block.get_parameter(t.ref.parameter)
-        )
-        for t in task.targets
-    }
+    replaced = replacements(task.block, [t.ref for t in task.targets], weights)
     assert task.inputs is not None
     total, count = 0.0, 0
     with torch.no_grad():

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ar_tuner.algorithms.base import BlockResult, as_parameter
+from ar_tuner.algorithms.base import BlockResult
 from ar_tuner.algorithms.head import tune_head
 from ar_tuner.algorithms.judge import JUDGED_ROWS, better, block_error
 from ar_tuner.algorithms.loop import descend, generator_for
 from ar_tuner.algorithms.losses import loss_of
 from ar_tuner.algorithms.rtn import nearest_of
 from ar_tuner.algorithms.tunables import Tunables, knobs_of, start
+from ar_tuner.parts import assembled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,11 +82,6 @@ class BlockObjective:
             return float(self._loss_on(rows))
 
     def _loss_on(self, rows: Sequence[int]) -> Tensor:
-        block = self._task.block
-        weights = {
-            t.target.ref.parameter: as_parameter(
-                t.target, t.fake_quant(), block.get_parameter(t.target.ref.parameter)
-            )
-            for t in self._tunables
-        }
+        pairs = [(t.target.ref, t.fake_quant()) for t in self._tunables]
+        weights = assembled(pairs, self._task.block.get_parameter)
         return self._loss(*self._task.run(weights, rows))

@@ -12,11 +12,13 @@ from ar_kernels import data_type
 from ar_tuner.activations import is_static
 from ar_tuner.algorithms.base import BlockTask, Target, TuneSettings
 from ar_tuner.algorithms.rtn import nearest
-from ar_tuner.blocks import WeightRef, is_linear, weight_of, weights_of
+from ar_tuner.blocks import is_linear, weight_of, weights_of
 from ar_tuner.fused import fused_groups, shared_values
+from ar_tuner.parts import WeightRef
+from ar_tuner.watching import watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -44,22 +46,17 @@ class Inputs:
     def gathered(self, block: nn.Module, refs: Sequence[WeightRef]) -> Iterator[None]:
         """Take note of what the layers are given, as long as the context lasts."""
 
-        def watch(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG001
-                x = args[0].detach().float().reshape(-1, args[0].shape[-1])
-                if not x.numel():
-                    return
-                squares, peak = x.square().sum(0), x.abs().amax()
+        def watch(shared: Sequence[WeightRef], given: Tensor) -> None:
+            x = given.detach().float().reshape(-1, given.shape[-1])
+            if not x.numel():
+                return
+            squares, peak = x.square().sum(0), x.abs().amax()
+            for layer in (ref.layer for ref in shared):
                 self.squares[layer] = self.squares.get(layer, 0.0) + squares
                 self.rows[layer] = self.rows.get(layer, 0) + x.shape[0]
                 self.peaks[layer] = torch.maximum(self.peaks.get(layer, peak), peak)
 
-            return hook
-
-        with contextlib.ExitStack() as stack:
-            for ref in refs:
-                module = block.get_submodule(ref.parameter.rpartition(".")[0])
-                stack.callback(module.register_forward_pre_hook(watch(ref.layer)).remove)
+        with watching(block, refs, watch):
             yield
 
 

@@ -13,6 +13,7 @@ from ar_tuner.activations import quantized_activations
 from ar_tuner.auto_scheme.candidates import Inputs, ranges_of
 from ar_tuner.auto_scheme.sweep import logits_of
 from ar_tuner.blocks import weight_of, weights_of
+from ar_tuner.parts import assembled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -174,13 +175,20 @@ class _Change:
             for module, target in active:
                 stack.enter_context(quantized_activations(module, (target,), self.ranges))
             try:
-                for _, parameter, candidate in self.places:
-                    value = candidate.target.ref.view(candidate.weight())
-                    parameter.data = value.to(parameter.dtype).contiguous()
+                for parameter, candidates in self._by_parameter():
+                    pairs = ((c.target.ref, c.weight()) for c in candidates)
+                    (made,) = assembled(pairs, lambda _, p=parameter: p.data).values()  # type: ignore[misc]
+                    parameter.data = made.contiguous()
                 yield
             finally:
                 for (_, parameter, _), data in zip(self.places, kept, strict=True):
                     parameter.data = data
+
+    def _by_parameter(self) -> list[tuple[Tensor, list[Candidate]]]:
+        groups: dict[int, tuple[Tensor, list[Candidate]]] = {}
+        for _, parameter, candidate in self.places:
+            groups.setdefault(id(parameter), (parameter, []))[1].append(candidate)
+        return list(groups.values())
 
 
 def _changes(

@@ -9,6 +9,7 @@ margin, is ours and worth several times as much (docs/log.md).
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,13 +21,15 @@ from ar_tuner.distill.frozen import FrozenLatent
 from ar_tuner.distill.integers import DATA_TYPE, IntegerLatent
 from ar_tuner.distill.latent import Latent
 from ar_tuner.distill.moments import Moments
+from ar_tuner.parts import assembled
 from ar_tuner.stages import ModelResult
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
+    from ar_tuner.parts import WeightRef
     from ar_tuner.stages import ModelTarget, ModelTask, Parameter
 
     Moving = Latent | IntegerLatent | FrozenLatent
@@ -71,7 +74,8 @@ class Distill:
             if done % max(1, task.settings.steps // REPORTS) == 0:
                 task.report(done, task.settings.steps, loss)
                 task.save(_state(latents, gains), done)
-        tuned = {x.target.parameter: _final(x, flat=task.settings.flat) for x in latents}
+        made = {x.target.layer: _final(x, flat=task.settings.flat) for x in latents}
+        tuned = _parameters(task, latents, made)
         moved = {name: gain.stored() for name, gain in gains.items()}
         after = _held_out(task, {**tuned, **moved}, part)
         if not after < before:
@@ -83,6 +87,30 @@ class Distill:
 def _final(latent: Moving, *, flat: bool) -> Parameter:
     like = latent.target.original
     return (lambda: latent.stored(like)) if flat else latent.stored(like)
+
+
+def _parameters(
+    task: ModelTask, latents: Sequence[Moving], weights: Mapping[str, Parameter]
+) -> dict[str, Parameter]:
+    """Return parameters of the model made of weights by layer name."""
+    out: dict[str, Parameter] = {}
+    apart: dict[str, list[tuple[WeightRef, Parameter]]] = {}
+    for ref in (x.target.ref for x in latents):
+        if ref.whole:
+            out[ref.parameter] = weights[ref.layer]
+        else:
+            apart.setdefault(ref.parameter, []).append((ref, weights[ref.layer]))
+    for name, parts in apart.items():
+        later = any(callable(part) for _, part in parts)
+        make = functools.partial(_joined, parts, task.stored[name])
+        out[name] = make if later else make()
+    return out
+
+
+def _joined(parts: Sequence[tuple[WeightRef, Parameter]], stored: Tensor) -> Tensor:
+    pairs = ((ref, part() if callable(part) else part) for ref, part in parts)
+    (made,) = assembled(pairs, lambda _: stored).values()
+    return made
 
 
 def latent_of(
@@ -127,7 +155,7 @@ def _step(
 
     The rows go through the models `part` at a time.
     """
-    leaves: dict[str, Parameter] = {x.target.parameter: x.leaf(x.target.original) for x in latents}
+    leaves: dict[str, Parameter] = {x.target.layer: x.leaf(x.target.original) for x in latents}
     moved = {name: gain.stored().requires_grad_() for name, gain in gains.items()}
     rows = _rows(task, step)
     total = 0.0
@@ -135,12 +163,13 @@ def _step(
         with torch.no_grad():
             reference = task.logits({}, some, False)  # noqa: FBT003
         with torch.enable_grad():
-            loss = divergence(task.logits({**leaves, **moved}, some, True), reference)  # noqa: FBT003
+            replaced = {**_parameters(task, latents, leaves), **moved}
+            loss = divergence(task.logits(replaced, some, True), reference)  # noqa: FBT003
             (loss * some.numel()).backward()  # of the sum: Adam's steps know no scale
         total += float(loss.detach()) * some.shape[0] / rows.shape[0]
     share = _schedule(step, task.settings.steps)
     for latent in latents:
-        leaf = leaves[latent.target.parameter]
+        leaf = leaves[latent.target.layer]
         latent.move(leaf, step, codes=SIZES.codes * share, scales=SIZES.scales * share)
     for name, gain in gains.items():
         grad = moved[name].grad
@@ -167,7 +196,8 @@ def _rows(task: ModelTask, step: int) -> Tensor:
 def _part(task: ModelTask, latents: list[Moving]) -> int:
     """Return how many rows fit the limits of logits and of what a pass keeps, at least one."""
     tokens = task.rows.shape[1]
-    leaves = {x.target.parameter: x.leaf(x.target.original) for x in latents}
+    made: dict[str, Parameter] = {x.target.layer: x.leaf(x.target.original) for x in latents}
+    leaves = _parameters(task, latents, made)
     long, short = (_kept(task, leaves, n) for n in (min(tokens, 2 * _PROBE), min(tokens, _PROBE)))
     per_token = (long.bytes - short.bytes) / max(1, long.tokens - short.tokens)
     per_row = max(1, int(per_token * tokens)) if long.tokens > short.tokens else long.bytes
@@ -213,7 +243,7 @@ def _held_out(
 
 
 def _state(latents: list[Moving], gains: Mapping[str, _Gain]) -> dict[str, Tensor]:
-    out = {f"{x.target.parameter}|{k}": v for x in latents for k, v in x.state().items()}
+    out = {f"{x.target.layer}|{k}": v for x in latents for k, v in x.state().items()}
     return out | {f"{name}|{k}": v for name, gain in gains.items() for k, v in gain.state().items()}
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ar_tuner.algorithms.base import BlockResult
 from ar_tuner.algorithms.rtn import nearest, nearest_of
 from ar_tuner.algorithms.second_order.curvature import curvature
+from ar_tuner.algorithms.second_order.experts import expert_moments
 from ar_tuner.algorithms.second_order.goal import group_goals
 from ar_tuner.algorithms.second_order.knobs import Knobs
 from ar_tuner.algorithms.second_order.sequencing import in_order
@@ -74,14 +75,32 @@ class SecondOrder:
         self, task: BlockTask, group: Sequence[Target], replaced: Mapping[str, Tensor]
     ) -> dict[str, Solution]:
         """Return the solutions of layers that share their input; none where nothing reaches it."""
+        if not group[0].ref.whole:
+            return self._experts(task, group, replaced)
         found = group_goals(task, group, replaced, self.knobs)
         if found is None:
             return {}
         gram, wanted = found
+        return self._solved(task, [(t, g.weight) for t, g in zip(group, wanted, strict=True)], gram)
+
+    def _experts(
+        self, task: BlockTask, group: Sequence[Target], replaced: Mapping[str, Tensor]
+    ) -> dict[str, Solution]:
+        """Return the solutions of all experts of a parameter; none where nothing reaches any."""
+        out: dict[str, Solution] = {}
+        for members, gram in expert_moments(task, group, replaced):
+            goals = [(t, task.weight(t).float().contiguous()) for t in members]
+            out |= self._solved(task, goals, gram)
+        return out
+
+    def _solved(
+        self, task: BlockTask, goals: Sequence[tuple[Target, Tensor]], gram: Tensor
+    ) -> dict[str, Solution]:
+        """Return the solutions of layers that share their input, of second moment `gram`."""
         by_damping: dict[float, list[tuple[Target, Problem]]] = {}
-        for target, goal in zip(group, wanted, strict=True):
+        for target, goal in goals:
             spec = weight_spec(target)
-            problem = Problem(goal.weight, spec, task.shared.get(target.ref.layer))
+            problem = Problem(goal, spec, task.shared.get(target.ref.layer))
             by_damping.setdefault(self.knobs.damping_for(spec.bits), []).append((target, problem))
         cycles = task.settings.iters if self.knobs.cycles is None else self.knobs.cycles
         out: dict[str, Solution] = {}

@@ -40,7 +40,8 @@ def polish(
     def handle(
         group: tuple[Target, ...], replaced: Mapping[str, Tensor]
     ) -> dict[str, QuantizedWeight]:
-        found = group_goals(task, group, replaced, knobs)
+        # experts stay as they are: each has inputs of its own
+        found = group_goals(task, group, replaced, knobs) if group[0].ref.whole else None
         if found is None:
             return {}
         gram, wanted = found

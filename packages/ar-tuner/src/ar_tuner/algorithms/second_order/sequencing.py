@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ar_tuner.algorithms.base import as_parameter
+from ar_tuner.parts import replacements
+from ar_tuner.watching import watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ar_kernels import QuantizedWeight
     from ar_tuner.algorithms.base import BlockTask, Target
+    from ar_tuner.parts import WeightRef
 
     Group = tuple[Target, ...]
     Handle = Callable[[Group, Mapping[str, Tensor]], Mapping[str, QuantizedWeight]]
@@ -31,31 +33,44 @@ def in_order(
         handle: called with a group and the replacements of the block's parameters so far.
     """
     made = dict(weights)
-    replaced = _parameters(task, task.targets, made)
+    replaced = replacements(task.block, [t.ref for t in task.targets], made)
     for group in layer_groups(task):
         made |= handle(group, replaced)
-        replaced |= _parameters(task, group, made)
+        replaced |= replacements(task.block, [t.ref for t in group], made, replaced)
     return made
 
 
 def layer_groups(task: BlockTask) -> list[Group]:
     """Return the targets of a block in the order of their first call, in groups of equal input.
 
-    Layers that are given the very same tensor form a group (q, k, v; gate, up). Layers that a
-    first batch of rows does not reach come last, each alone.
+    Layers that are given the very same tensor form a group (q, k, v; gate, up), and so do the
+    experts of one parameter. Layers that a first batch of rows does not reach come last, each
+    alone.
     """
     groups: list[tuple[Tensor, list[Target]]] = []
     placed: set[Target] = set()
     for target, given in _calls(task):
         if target in placed:
             continue
-        placed.add(target)
-        if groups and _same(groups[-1][0], given):
+        members = _mates(task, target)
+        placed.update(members)
+        if groups and target.ref.whole and _same(groups[-1][0], given):
             groups[-1][1].append(target)
         else:
-            groups.append((given, [target]))
+            groups.append((given, members))
     ordered = [tuple(members) for _, members in groups]
-    return ordered + [(t,) for t in task.targets if t not in placed]
+    for target in task.targets:
+        if target not in placed:
+            ordered.append(tuple(_mates(task, target)))
+            placed.update(ordered[-1])
+    return ordered
+
+
+def _mates(task: BlockTask, target: Target) -> list[Target]:
+    """Return the targets that one parameter holds: all experts, or the target alone."""
+    if target.ref.whole:
+        return [target]
+    return [t for t in task.targets if t.ref.parameter == target.ref.parameter]
 
 
 def _calls(task: BlockTask) -> list[tuple[Target, Tensor]]:
@@ -63,22 +78,13 @@ def _calls(task: BlockTask) -> list[tuple[Target, Tensor]]:
     assert task.inputs is not None
     calls: list[tuple[Target, Tensor]] = []
 
-    def watch(target: Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG001
-            calls.append((target, args[0]))
+    by_layer = {t.ref.layer: t for t in task.targets}
 
-        return hook
+    def watch(refs: Sequence[WeightRef], x: Tensor) -> None:
+        calls.extend((by_layer[ref.layer], x) for ref in refs)
 
-    handles = []
-    try:
-        for target in task.targets:
-            module = task.block.get_submodule(target.ref.parameter.rpartition(".")[0])
-            handles.append(module.register_forward_pre_hook(watch(target)))
-        with torch.no_grad():
-            task.run({}, task.inputs.chunks(1, task.settings.batch_size)[0])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(task.block, [t.ref for t in task.targets], watch), torch.no_grad():
+        task.run({}, task.inputs.chunks(1, task.settings.batch_size)[0])
     return calls
 
 
@@ -87,16 +93,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (
         a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
     )
-
-
-def _parameters(
-    task: BlockTask, targets: Group, weights: Mapping[str, QuantizedWeight]
-) -> dict[str, Tensor]:
-    """Return the quantized weights there are as the block stores them, by parameter name."""
-    return {
-        t.ref.parameter: as_parameter(
-            t, weights[t.ref.layer].dequantize(), task.block.get_parameter(t.ref.parameter)
-        )
-        for t in targets
-        if t.ref.layer in weights
-    }

@@ -25,7 +25,7 @@ def starting_params(task: BlockTask, *, knobs: Knobs | None = None) -> dict[str,
     knobs = Knobs() if knobs is None else knobs
     out = {}
     for group in layer_groups(task):
-        seen = collect(task, group[0], {})
+        seen = collect(task, group[0], {}) if group[0].ref.whole else None
         if seen is None:
             continue
         for target in group:

@@ -17,16 +17,19 @@ from ar_kernels.numerics.activation import fake_quant_activation
 from ar_tuner.auto_scheme.candidates import Inputs, ranges_of
 from ar_tuner.auto_scheme.sweep import Listener, Sweep, sweep, sweep_whole
 from ar_tuner.blocks import weight_of, weights_of
+from ar_tuner.parts import assembled
+from ar_tuner.watching import watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ar_schemes import Scheme
     from ar_tuner.auto_scheme.candidates import Candidate
     from ar_tuner.auto_scheme.scorers.base import Scores, ScoreTask, Values
-    from ar_tuner.blocks import WeightRef
+    from ar_tuner.parts import WeightRef
+    from ar_tuner.watching import Watch
 
 
 class DeltaLoss:
@@ -135,11 +138,8 @@ class _DeltaListener(Listener):
             self._candidates |= {layer: candidate for (layer, _), candidate in made.items()}
             self._ranges |= ranges_of(schemes, self._inputs[index])
             self._made.add(index)
-        out = {}
-        for ref in self._refs[index]:
-            stored = block.module.get_parameter(ref.parameter)
-            out[ref.parameter] = ref.view(self._candidates[ref.layer].weight()).to(stored.dtype)
-        return out
+        pairs = ((ref, self._candidates[ref.layer].weight()) for ref in self._refs[index])
+        return assembled(pairs, block.module.get_parameter)
 
     def wanted(self, index: int) -> dict[str, Tensor]:
         """Ask for the gradients of the quantized weights."""
@@ -149,12 +149,9 @@ class _DeltaListener(Listener):
     def running(self, index: int, *, back: bool) -> Iterator[None]:
         """Quantize activations; on the way back, watch their gradients too."""
         block = self._task.blocks[index].module
-        with contextlib.ExitStack() as stack:
-            for ref in self._refs[index]:
-                if self._schemes[index][ref.layer].activation is not None:
-                    module = block.get_submodule(ref.parameter.rpartition(".")[0])
-                    hook = self._input_hook(ref, self._schemes[index][ref.layer], back=back)
-                    stack.callback(module.register_forward_pre_hook(hook).remove)
+        schemes = self._schemes[index]
+        refs = [r for r in self._refs[index] if schemes[r.layer].activation is not None]
+        with watching(block, refs, self._input_watch(schemes, back=back)):
             yield
 
     def loss(self, logits: Tensor, rows: Tensor, number: int) -> Tensor:  # noqa: ARG002
@@ -190,15 +187,12 @@ class _DeltaListener(Listener):
             (gradient.float() * change).abs().sum()
         )
 
-    def _input_hook(
-        self, ref: WeightRef, which: Scheme, *, back: bool
-    ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        spec = which.activation
-        assert spec is not None
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
-            x = args[0]
-            quantized = fake_quant_activation(x, spec, static=self._ranges.get(ref.layer))
+    def _input_watch(self, schemes: Mapping[str, Scheme], *, back: bool) -> Watch:
+        def watch(refs: Sequence[WeightRef], x: Tensor) -> Tensor:
+            layer = refs[0].layer
+            spec = schemes[layer].activation
+            assert spec is not None
+            quantized = fake_quant_activation(x, spec, static=self._ranges.get(layer))
             quantized = quantized.to(x.dtype)
             if back:
                 if not quantized.requires_grad:
@@ -206,10 +200,12 @@ class _DeltaListener(Listener):
                 error = (quantized.detach() - x.detach()).float()
 
                 def meet(gradient: Tensor) -> None:
-                    moved = float((gradient.float() * error).abs().sum())
-                    self.sums[ref.layer] = self.sums.get(ref.layer, 0.0) + moved
+                    # projections of one expert are one product: each has its share of the change
+                    moved = float((gradient.float() * error).abs().sum()) / len(refs)
+                    for ref in refs:
+                        self.sums[ref.layer] = self.sums.get(ref.layer, 0.0) + moved
 
                 quantized.register_hook(meet)
-            return (quantized, *args[1:])
+            return quantized
 
-        return hook
+        return watch

@@ -27,15 +27,17 @@ from ar_kernels.numerics.activation import fake_quant_activation
 from ar_tuner.auto_scheme.candidates import Inputs, ranges_of
 from ar_tuner.auto_scheme.sweep import Listener, Sweep, sweep, sweep_whole
 from ar_tuner.blocks import weight_of, weights_of
+from ar_tuner.watching import watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ar_tuner.auto_scheme.candidates import Candidate
     from ar_tuner.auto_scheme.scorers.base import Scores, ScoreTask, Values
-    from ar_tuner.blocks import WeightRef
+    from ar_tuner.parts import WeightRef
+    from ar_tuner.watching import Watch
 
     Key = tuple[str, str]
 
@@ -139,13 +141,12 @@ class _FisherListener(Listener):
             with self._inputs[index].gathered(block, self._refs[index]):
                 yield
             return
-        with contextlib.ExitStack() as stack:
-            for ref in self._refs[index]:
-                options = self._task.missing(ref.layer)
-                if any(which.activation is not None for which in options.values()):
-                    module = block.get_submodule(ref.parameter.rpartition(".")[0])
-                    hook = self._input_hook(index, ref.layer)
-                    stack.callback(module.register_forward_pre_hook(hook).remove)
+        refs = [
+            ref
+            for ref in self._refs[index]
+            if any(o.activation is not None for o in self._task.missing(ref.layer).values())
+        ]
+        with watching(block, refs, self._input_watch(index)):
             yield
 
     def loss(self, logits: Tensor, rows: Tensor, number: int) -> Tensor:  # noqa: ARG002
@@ -223,17 +224,19 @@ class _FisherListener(Listener):
         self.out[layer] = {**known, **values}
         self._task.save(layer, self.out[layer])
 
-    def _input_hook(
-        self, index: int, layer: str
-    ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
-            x = args[0]
+    def _input_watch(self, index: int) -> Watch:
+        def watch(refs: Sequence[WeightRef], x: Tensor) -> Tensor:
             # a node of its own: siblings are given the same tensor
             mine = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            mine.register_hook(lambda g: self._felt_by[index].append((layer, x, g.detach())))
-            return (mine, *args[1:])
 
-        return hook
+            def feel(gradient: Tensor) -> None:
+                part = gradient.detach() / len(refs)  # projections of one expert are one product
+                self._felt_by[index] += [(ref.layer, x, part) for ref in refs]
+
+            mine.register_hook(feel)
+            return mine
+
+        return watch
 
     def _meet_inputs(self, index: int) -> None:
         """Let the gradients of inputs meet the errors of activations.
