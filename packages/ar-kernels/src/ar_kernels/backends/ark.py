@@ -36,6 +36,8 @@ class Ark:
         scale: type of scales and activations inside.
         bits: widths it takes.
         asymmetric: whether it takes zero points.
+        keeps_codes: the codes can be read back.
+        install: what to type where the library is missing.
     """
 
     name: str

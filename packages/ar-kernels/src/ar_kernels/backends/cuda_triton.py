@@ -36,6 +36,8 @@ class TritonBackend:
         device: torch device type.
         priority: static rank.
         status: how far it was tried.
+        keeps_codes: the codes can be read back.
+        install: what to type where Triton is missing.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """Launch configurations per architecture. A pure table: no GPU was at hand to tune it.
 
 The figures follow from the hardware's limits (shared memory, warps) and from what comparable
-kernels ship; whoever has the hardware changes rows, nothing else. Tests compile every row for its
-architecture and check that shared memory suffices.
+kernels ship; whoever has the hardware changes rows, nothing else. Every row but XPU's was compiled
+for its architecture and fits its shared memory (2-bit codes, the widest tiles); the tests repeat
+a selection.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Arch:
         name: `sm90`, `gfx942`, ...
         processors: multiprocessors (compute units) of its common product, where unknown.
         shared: bytes of shared memory one program may use.
-        regimes: by rising `rows`; beyond the last the weight is expanded for a dense product.
-        dense_rows: from so many tokens on, expanding once and multiplying densely is faster.
+        regimes: by rising `rows`.
+        dense_rows: from so many tokens on the weight is expanded for a dense product; a guess,
+            as comparable kernels fall behind a dense product between 128 and 256 tokens.
         expand_n: output features per program of `expand`.
     """
 

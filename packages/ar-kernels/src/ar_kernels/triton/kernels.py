@@ -12,6 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIZES = ["rows", "tiles", "groups", "chunk", "count"]
+"""Arguments whose value must not make another variant: tokens come and go while serving."""
+
 
 @triton.jit
 def decoded(low, high, shift, high_shift, zero, BITS: tl.constexpr, KIND: tl.constexpr):
@@ -80,7 +83,7 @@ def zeros(zero, at, mask, ASYMMETRIC: tl.constexpr, ZERO: tl.constexpr):
         return tl.full(mask.shape, ZERO, tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def one_row(
     x,
     words,
@@ -156,7 +159,7 @@ def one_row(
         tl.store(out + cols, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def many_rows(
     x,
     words,
@@ -250,7 +253,7 @@ def many_rows(
         tl.store(out + where, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def join(
     partial,
     whole,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -184,7 +184,7 @@ def pack(weight: QuantizedWeight) -> tuple[Packing, dict[str, Tensor]]:
 
 
 def unpack(packing: Packing, buffers: Mapping[str, Tensor], spec: TensorSpec) -> QuantizedWeight:
-    """Return the weight; the exact inverse of `pack`."""
+    """Return the weight; the exact inverse of `pack`, ranges of activations left out."""
     codes = unpack_words(buffers["words"], buffers.get("high"), packing.bits, packing.columns)
     every = spec.granularity.region(packing.rows, packing.columns)[0]
     scale = buffers["scale"].t()[::every].contiguous()
@@ -197,11 +197,6 @@ def unpack(packing: Packing, buffers: Mapping[str, Tensor], spec: TensorSpec) ->
         zero_point=None if zero is None else zero.t()[::every].contiguous(),
         extra=extra,
     )
-
-
-def rearranged(packing: Packing, **changes: Any) -> Packing:
-    """Return a packing with some fields changed."""
-    return replace(packing, **changes)
 
 
 def _spread(values: Tensor, rows: int) -> Tensor:
