@@ -193,6 +193,12 @@ class QuantLinear(nn.Module):
                 weight = replace(weight, extra=extra)
             choice = choose(need, prefer)
             backend = choice.backend
+            quantizes = self.activation is not None and choice.need.activation is None
+            ranges = _ranges(weight.extra) if quantizes else {}
+            static = self.activation is not None and not self.activation.dynamic
+            if quantizes and static and _STATIC not in ranges:
+                msg = f"activations {self.activation} are static, but the weight holds no range"
+                raise KernelError(msg)
             packed = backend.pack(weight, choice.need)
         self._restore()
         self._release()
@@ -201,14 +207,10 @@ class QuantLinear(nn.Module):
             self.register_buffer(_READY + _ORDER, order, persistent=False)
         for key, tensor in packed.buffers.items():
             self.register_buffer(_ready(key), tensor, persistent=False)
-        if self.activation is not None and choice.need.activation is None:
+        if self.activation is not None and quantizes:
             self._quantizes = list(encode_meta(self.activation, ()))
-            ranges = _ranges(weight.extra)
-            if not self.activation.dynamic and _STATIC not in ranges:
-                msg = f"activations {self.activation} are static, but the weight holds no range"
-                raise KernelError(msg)
-            for key, tensor in ranges.items():
-                self.register_buffer(_READY + key, tensor.to(self.device), persistent=False)
+        for key, tensor in ranges.items():
+            self.register_buffer(_READY + key, tensor.to(self.device), persistent=False)
         self._keys = tuple(packed.buffers)
         self._ready = tuple(map(_ready, self._keys))
         self._meta = list(packed.meta)
