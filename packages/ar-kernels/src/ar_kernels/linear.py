@@ -257,6 +257,12 @@ class QuantLinear(nn.Module):
             f"backend={self.backend or 'not prepared'}"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a tensor of the checkpoint also after it was let go."""
+        if name in self.__dict__.get("_released", ()):
+            return self._remade()[name]
+        return super().__getattr__(name)
+
     def _acts(self) -> str:
         return "" if self.activation is None else f", activations={self.activation}"
 
