@@ -79,26 +79,31 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     outcomes = json.loads(path.read_text()) if path.is_file() else {}
     for case in CASES:
-        python = pythons[case.by]
-        if python is None or given.only not in case.name:
+        # auto-round leaves these two to gptqmodel
+        reader = "gptqmodel" if case.form in ("auto_gptq", "auto_awq") else case.by
+        maker, runner = pythons[case.by], pythons[reader]
+        if maker is None or runner is None or given.only not in case.name:
             continue
-        outcomes[case.name] = {"by": case.by, **_outcome(case, python, given)}
+        found = _outcome(case, maker, (reader, runner), given)
+        outcomes[case.name] = {"by": case.by, **found}
         print(case.name, outcomes[case.name], flush=True)
         path.write_text(json.dumps(outcomes, indent=1))
     if any(not o["outcome"].startswith(("same", "its own")) for o in outcomes.values()):
         sys.exit(1)
 
 
-def _outcome(case: Foreign, python: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Return what came of a case, in words."""
+def _outcome(
+    case: Foreign, maker: str, runner: tuple[str, str], given: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what came of a case, in words; `runner` is (project, python) that gives logits."""
     folder = given.work / "".join(c if c.isalnum() else "_" for c in case.name)
     made, logits = folder / "made", folder / "logits.pt"
     try:
         if not made.is_dir():
-            _make(case, python, given.model, made)
+            _make(case, maker, given.model, made)
         root = next(made.rglob("config.json")).parent
         if not logits.is_file():
-            _run(python, "foreign_env.py", f"logits-{case.by}", root, logits)
+            _run(runner[1], "foreign_env.py", f"logits-{runner[0]}", root, logits)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = getattr(error, "stderr", None) or str(error)
         return {"outcome": f"its own route fails: {said.strip().splitlines()[-1][:120]}"}

@@ -104,6 +104,7 @@ def test_codes_a_backend_keeps_are_let_go_and_come_back(layout) -> None:
     made.prepare("reference")
     codes = max(state, key=lambda k: state[k].nbytes)
     assert codes not in dict(made.named_buffers())
+    assert torch.equal(getattr(made, codes), state[codes])  # made again
     assert sum(b.nbytes for b in made.buffers()) < size + weight().codes.nbytes
     for moved in (made, made.to(torch.bfloat16), made.to("cpu").half()):
         after = moved.state_dict()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,14 @@ from ar_kernels import ops, registry
 from ar_kernels.backends.base import ExactBackend, Need, PackedWeight
 from ar_kernels.backends.reference import encode_meta
 from ar_kernels.backends.select import choose
+from ar_kernels.layer_tensors import (
+    RANGES,
+    as_foretold,
+    as_stored,
+    on_device,
+    ranges_of,
+    ready_name,
+)
 from ar_kernels.layouts.base import TensorFact, optional_of
 from ar_kernels.numerics.activation import refuses_activation
 from ar_kernels.weight import CHANNEL_ORDER, KernelError
@@ -23,11 +30,8 @@ if TYPE_CHECKING:
     from ar_kernels.weight import QuantizedWeight
     from ar_schemes import TensorSpec
 
-_READY = "ready_"
 _STATIC, _ZERO, _ORDER = "static", "static_zero", "order"
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")
-_RANGES = {"input_scale": _STATIC, "input_global_scale": _STATIC, "input_zero_point": _ZERO}
-"""Names in `QuantizedWeight.extra` to what `ops.quantize_input` calls them."""
 
 
 class QuantLinear(nn.Module):
@@ -63,13 +67,11 @@ class QuantLinear(nn.Module):
             dtype: type of the bias and of the computation.
             device: where the buffers live; `meta` holds shapes only.
             activation: how the input is quantized before the product, None: not.
-            stored: shape and type of tensors as a checkpoint holds them, where they differ from
-                what the layout foretells (a scalar for one value, bytes of another type), and of
-                those that a checkpoint may have or not (ranges of static activations).
+            stored: shape and type of tensors as a checkpoint holds them: those that differ from
+                the layout's, and those that may be absent (ranges of static activations).
 
         Raises:
-            KernelError: no such layout, it cannot hold this weight, or its input cannot be
-                quantized so.
+            KernelError: no such layout, or it cannot hold this weight or quantize this input.
         """
         super().__init__()
         found = registry.layout(layout)
@@ -164,7 +166,7 @@ class QuantLinear(nn.Module):
         """
         if self._released:
             return self._unpacked()
-        packed = {k: _as(self._buffer(k), self._foretold[k]) for k in self._facts}
+        packed = {k: as_foretold(self._buffer(k), self._foretold[k]) for k in self._facts}
         return registry.layout(self.layout).unpack(packed, self.spec, self.rows, self.columns)
 
     def prepare(self, prefer: str | None = None) -> None:
@@ -193,24 +195,26 @@ class QuantLinear(nn.Module):
                 weight = replace(weight, extra=extra)
             choice = choose(need, prefer)
             backend = choice.backend
+            quantizes = self.activation is not None and choice.need.activation is None
+            ranges = ranges_of(weight.extra) if quantizes else {}
+            static = self.activation is not None and not self.activation.dynamic
+            if quantizes and static and _STATIC not in ranges:
+                msg = f"activations {self.activation} are static, but the weight holds no range"
+                raise KernelError(msg)
             packed = backend.pack(weight, choice.need)
         self._restore()
         self._release()
         if order is not None:
             order = order.to(self.device).long()
-            self.register_buffer(_READY + _ORDER, order, persistent=False)
+            self.register_buffer(ready_name(_ORDER), order, persistent=False)
         for key, tensor in packed.buffers.items():
-            self.register_buffer(_ready(key), tensor, persistent=False)
-        if self.activation is not None and choice.need.activation is None:
+            self.register_buffer(ready_name(key), tensor, persistent=False)
+        if self.activation is not None and quantizes:
             self._quantizes = list(encode_meta(self.activation, ()))
-            ranges = _ranges(weight.extra)
-            if not self.activation.dynamic and _STATIC not in ranges:
-                msg = f"activations {self.activation} are static, but the weight holds no range"
-                raise KernelError(msg)
-            for key, tensor in ranges.items():
-                self.register_buffer(_READY + key, tensor.to(self.device), persistent=False)
+        for key, tensor in ranges.items():
+            self.register_buffer(ready_name(key), tensor.to(self.device), persistent=False)
         self._keys = tuple(packed.buffers)
-        self._ready = tuple(map(_ready, self._keys))
+        self._ready = tuple(map(ready_name, self._keys))
         self._meta = list(packed.meta)
         self._prefer = prefer
         self.backend = backend.name
@@ -239,9 +243,9 @@ class QuantLinear(nn.Module):
         ready = [self._buffer(name) for name in self._ready]
         given = x.to(self.dtype)
         if self._quantizes is not None:
-            static, zero = (self._buffers.get(_READY + key) for key in (_STATIC, _ZERO))
+            static, zero = (self._buffers.get(ready_name(key)) for key in (_STATIC, _ZERO))
             given = ops.quantize_input(given, self._quantizes, static, zero)
-        order = self._buffers.get(_READY + _ORDER)
+        order = self._buffers.get(ready_name(_ORDER))
         if order is not None:
             given = given.index_select(-1, order)
         out = ops.quant_linear(given, ready, self._meta, self.bias, self.backend, self.rows)
@@ -254,6 +258,12 @@ class QuantLinear(nn.Module):
             f"bias={self.bias is not None}, {self.spec}{self._acts()}, layout={self.layout}, "
             f"backend={self.backend or 'not prepared'}"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a tensor of the checkpoint also after it was let go."""
+        if name in self.__dict__.get("_released", ()):
+            return self._remade()[name]
+        return super().__getattr__(name)
 
     def _acts(self) -> str:
         return "" if self.activation is None else f", activations={self.activation}"
@@ -274,9 +284,9 @@ class QuantLinear(nn.Module):
         extra = dict(weight.extra)
         for suffix in self._facts:
             found = self._buffers.get(suffix)
-            if suffix in _RANGES and found is not None:
+            if suffix in RANGES and found is not None:
                 extra[suffix] = found.float().reshape(1)
-        order = self._buffers.get(_READY + _ORDER)
+        order = self._buffers.get(ready_name(_ORDER))
         if order is not None:
             extra[CHANNEL_ORDER] = order.int()
         return replace(weight, extra=extra)
@@ -292,7 +302,7 @@ class QuantLinear(nn.Module):
                 # cannot write
                 weight = replace(weight, zero_point=torch.ones_like(weight.zero_point))
             packed = registry.layout(self.layout).pack(weight)
-            return {k: _stored(packed[k], self._facts[k]) for k in self._released}
+            return {k: as_stored(packed[k], self._facts[k]) for k in self._released}
 
     def _restore(self) -> None:
         """Hold again what was let go."""
@@ -307,7 +317,7 @@ class QuantLinear(nn.Module):
         destination |= {prefix + suffix: tensor for suffix, tensor in self._remade().items()}
 
     def _release(self) -> None:
-        for name in (*self._ready, *(_READY + key for key in (_STATIC, _ZERO, _ORDER))):
+        for name in (*self._ready, *(ready_name(key) for key in (_STATIC, _ZERO, _ORDER))):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         self._ready = ()
@@ -327,7 +337,7 @@ class QuantLinear(nn.Module):
         for name, tensor in kept.items():
             moved = self._buffer(name)
             if moved.dtype != tensor.dtype:
-                self._buffers[name] = _on(tensor, moved.device)
+                self._buffers[name] = on_device(tensor, moved.device)
         self.dtype = dtype
         if before != (self.device, dtype):
             self._release()
@@ -344,43 +354,3 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if was_ready:
             self.prepare(self._prefer)
-
-
-def _ready(key: str) -> str:
-    """Return the name of the buffer that holds a backend's tensor; modules allow no dots."""
-    return _READY + key.replace(".", "_")
-
-
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on a device, empty where it has no data to bring along."""
-    if tensor.device.type == "meta" and device.type != "meta":
-        return torch.empty_like(tensor, device=device)
-    return tensor.to(device)
-
-
-def _as(tensor: Tensor, fact: TensorFact) -> Tensor:
-    """Return a tensor of a checkpoint as its layout wants it: the same bytes in another shape."""
-    if tensor.dtype != fact.dtype and tensor.dtype.itemsize == fact.dtype.itemsize == 1:
-        tensor = tensor.contiguous().view(fact.dtype)
-    elif tensor.dtype != fact.dtype and tensor.dtype.is_floating_point and tensor.numel() > 1:
-        cast = tensor.to(fact.dtype)
-        if not torch.equal(cast.to(tensor.dtype), tensor):
-            msg = f"scales in {tensor.dtype} are not exact in {fact.dtype}, which the layout holds"
-            raise KernelError(msg)
-        tensor = cast
-    if tuple(tensor.shape) != fact.shape and tensor.numel() == math.prod(fact.shape):
-        tensor = tensor.reshape(fact.shape)
-    return tensor
-
-
-def _stored(tensor: Tensor, fact: TensorFact) -> Tensor:
-    """Return a tensor of a layout as the checkpoint holds it; the inverse of `_as`."""
-    if tensor.dtype != fact.dtype:
-        same = tensor.dtype.itemsize == fact.dtype.itemsize == 1
-        tensor = tensor.view(fact.dtype) if same else tensor.to(fact.dtype)
-    return tensor.reshape(fact.shape)
-
-
-def _ranges(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the ranges of static activations, float32 [1], under the names of the op."""
-    return {key: extra[name].float().reshape(1) for name, key in _RANGES.items() if name in extra}

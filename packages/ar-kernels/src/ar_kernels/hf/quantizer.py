@@ -204,8 +204,8 @@ class ArQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Tell transformers that there are no gradients for the weights."""
-        return False
+        """Tell transformers that adapters can be trained: gradients reach a layer's input."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
