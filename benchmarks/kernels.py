@@ -169,7 +169,7 @@ def _measured(
         for kind, row in theirs.items():
             yield {
                 **common,
-                **_row(f"auto-round-lib {kind}", row["times"], row["bytes"], base, read),
+                **_row(f"auto-round-lib {kind}", sorted(row["times"]), row["bytes"], base, read),
                 "error": row["error"],
             }
 
