@@ -159,8 +159,8 @@ def _measured(
         for one in made:
             spent = sorted(times[one.name])
             seen = x.to(one.dtype)
-            expected = seen.double() @ one.exact.t()
-            found = one.calls[0](seen).double()
+            expected = seen[:16].double() @ one.exact.t()
+            found = one.calls[0](seen)[:16].double()
             yield {
                 **common,
                 **_row(one.name, spent, one.bytes, base, read),
@@ -169,7 +169,7 @@ def _measured(
         for kind, row in theirs.items():
             yield {
                 **common,
-                **_row(f"auto-round-lib {kind}", row["times"], row["bytes"], base, read),
+                **_row(f"auto-round-lib {kind}", sorted(row["times"]), row["bytes"], base, read),
                 "error": row["error"],
             }
 

@@ -29,8 +29,12 @@ AT_IMPORT = {
     "ar_vlm": {"pluggy", "torch"},
     "ar_cli": {"pluggy", "click"},
 }
-LIGHT_EXCEPTIONS = {"ar_kernels/hf/quantizer.py": {"transformers"}}
-"""Imported by ar_kernels.hf.arm only after transformers itself."""
+LIGHT_EXCEPTIONS = {
+    "ar_kernels/hf/quantizer.py": {"transformers"},  # by ar_kernels.hf.arm, after transformers
+    # by the backend, when a layer is packed or compiled for it
+    **{f"ar_kernels/triton/{name}.py": {"triton"} for name in ("aot", "kernels", "launch")},
+}
+"""Imported late, and only where what they import is there."""
 CATCH_ALL = {
     "ar_schemes/plugins.py",  # a plugin may raise anything
     "ar_kernels/_autoload.py",  # an exception would break `import torch`

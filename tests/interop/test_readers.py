@@ -22,6 +22,30 @@ VARIANTS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _stock_readers(monkeypatch) -> None:
+    """Have Transformers read with what it brings, not with ar-kernels."""
+    from transformers.quantizers import (
+        auto,
+        quantizer_compressed_tensors,
+        quantizer_finegrained_fp8,
+    )
+
+    readers = {
+        "compressed-tensors": (
+            quantizer_compressed_tensors.CompressedTensorsHfQuantizer,
+            transformers.CompressedTensorsConfig,
+        ),
+        "fp8": (
+            quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer,
+            transformers.FineGrainedFP8Config,
+        ),
+    }
+    for method, (reader, config) in readers.items():
+        monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, method, reader)
+        monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, method, config)
+
+
 def quantized(model, out, format: str, scheme: str | None = None, **options):
     settings = {"recipe": "rtn", "nsamples": 4, "seqlen": 32, **options}
     return AutoRound(model, scheme=scheme, **settings).quantize_and_save(out, format)[1]

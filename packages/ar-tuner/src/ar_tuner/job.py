@@ -209,9 +209,8 @@ def _refinement(
         return None
     modules = {layer: prepared.model.get_submodule(layer) for layer in outside}
     chosen, recipe = stage(name), request.settings.chosen
-    fitting = fit(
-        prepared.plan, job, flat=recipe.flat, may_be_flat=getattr(chosen, "may_be_flat", False)
-    )
+    may = getattr(chosen, "may_be_flat", False)
+    fitting = fit(prepared.plan, job, flat=recipe.flat, may_be_flat=may)
     if fitting.refusal is not None:
         request.emit(events.Note("warning", f"{name} is left out: {fitting.refusal}"))
         return None
@@ -221,11 +220,7 @@ def _refinement(
     names = source_names(request, prepared)
     return Refinement(
         stage=chosen,
-        settings=dataclasses.replace(
-            recipe.stage_settings(request.settings.seed),
-            flat=fitting.flat,
-            max_saved=fitting.max_saved,
-        ),
+        settings=fitting.apply(recipe.stage_settings(request.settings.seed)),
         rows=rows.stage,
         held_out=rows.held_out,
         floats={f"{k}.weight": weight_of(m).clone() for k, m in modules.items()},

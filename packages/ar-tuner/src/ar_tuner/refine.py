@@ -230,6 +230,10 @@ class Fit:
     reason: str | None = None
     max_saved: int = StageSettings.max_saved
 
+    def apply(self, settings: StageSettings) -> StageSettings:
+        """Return the numbers of a stage that fits so."""
+        return dataclasses.replace(settings, flat=self.flat, max_saved=self.max_saved)
+
 
 def fit(plan: LayerPlan, job: Job, *, flat: bool = False, may_be_flat: bool = False) -> Fit:
     """Return how a stage fits: the whole model has to be in memory, the float weights beside.

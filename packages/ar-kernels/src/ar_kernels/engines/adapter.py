@@ -86,26 +86,7 @@ def make_method(engine: Engine) -> type[Any]:
 
         def process_weights_after_loading(self, layer: nn.Module) -> None:
             """Replace the checkpoint's tensors by what the chosen backend computes with."""
-            spec = self.form.scheme.weight
-            assert spec is not None
-            names = list(dimensions(self.form.layout))
-            tensors = {name: getattr(layer, name).data for name in names}
-            if "g_idx" in tensors:  # a later part of the input counts on from an earlier one
-                tensors["g_idx"] = tensors["g_idx"] - tensors["g_idx"].min()
-            device = tensors[names[0]].device.type
-            rows, columns = layer.ar_shape  # type: ignore[misc]
-            weight = registry.layout(self.form.layout).unpack(tensors, spec, rows, columns)
-            need = Need(spec, rows, columns, device, layer.ar_dtype)  # type: ignore[arg-type]
-            backend = choose(need).backend
-            packed = backend.pack(weight, need)
-            for name in names:
-                delattr(layer, name)
-            for name, tensor in packed.buffers.items():
-                kept = torch.nn.Parameter(tensor, requires_grad=False)
-                layer.register_parameter(_READY + name, kept)
-            layer.ar_ready = tuple(packed.buffers)  # type: ignore[assignment]
-            layer.ar_meta = list(packed.meta)  # type: ignore[assignment]
-            layer.ar_backend = backend.name  # type: ignore[assignment]
+            _finish(layer, self.form)
 
         def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
             """Return x [..., I] times the weight transposed, plus bias: [..., O]."""
@@ -115,6 +96,30 @@ def make_method(engine: Engine) -> type[Any]:
             return out
 
     return ArLinearMethod
+
+
+def _finish(layer: nn.Module, form: LayerFormat) -> None:
+    """Replace the checkpoint's tensors of a layer by those of the chosen backend."""
+    spec = form.scheme.weight
+    assert spec is not None
+    names = list(dimensions(form.layout))
+    tensors = {name: getattr(layer, name).data for name in names}
+    if "g_idx" in tensors:  # a later part of the input counts on from an earlier one
+        tensors["g_idx"] = tensors["g_idx"] - tensors["g_idx"].min()
+    device = tensors[names[0]].device.type
+    rows, columns = layer.ar_shape  # type: ignore[misc]
+    weight = registry.layout(form.layout).unpack(tensors, spec, rows, columns)
+    need = Need(spec, rows, columns, device, layer.ar_dtype)  # type: ignore[arg-type]
+    backend = choose(need).backend
+    packed = backend.pack(weight, need)
+    for name in names:
+        delattr(layer, name)
+    for name, tensor in packed.buffers.items():
+        kept = torch.nn.Parameter(tensor, requires_grad=False)
+        layer.register_parameter(_READY + name, kept)
+    layer.ar_ready = tuple(packed.buffers)  # type: ignore[assignment]
+    layer.ar_meta = list(packed.meta)  # type: ignore[assignment]
+    layer.ar_backend = backend.name  # type: ignore[assignment]
 
 
 def make_config(engine: Engine, method: type[Any]) -> type[Any]:

@@ -185,6 +185,35 @@ void decode_pairs(const Record& rec, int64_t unit, int64_t units, const Tables& 
   }
 }
 
+// Tells whether weights times the scales of their groups are bf16 numbers: scales of a byte have a
+// significand of 4 bits at most (1 for powers of two), so those of the table's values decide.
+bool scales_fold(const Format& f, const uint8_t* blob) {
+  if (f.zero || zero_bias(f, blob) != 0 || scale_bytes(f.scale) != 1) return false;
+  if (f.scale == kScaleE8M0) return true;
+  for (int i = 0; i < 128; ++i) {
+    uint32_t bits;
+    memcpy(&bits, blob + 4 * i, 4);
+    if (bits & 0xfffff) return false;
+  }
+  return true;
+}
+
+// Multiplies the weights of one unit of inputs in a panel by the scales of their group.
+AR_INLINE void fold(const Record& rec, int64_t group, uint32_t* panel) {
+  const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+  for (int c = 0; c < 4; ++c) {
+    const __m512 scale = V::scales(rec.scale, rec.scales + group * kStrip + c * kBlock);
+    for (int i = 0; i < kUnit / 2; ++i) {
+      uint32_t* at = panel + i * kStrip + c * kBlock;
+      const __m512i w = _mm512_load_si512(at);
+      const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(w, high)), scale);
+      const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), scale);
+      const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+      _mm512_store_si512(at, _mm512_ternarylogic_epi32(_mm512_castps_si512(odd), high, low, 0xea));
+    }
+  }
+}
+
 template <int ROWS>
 void tile_bf16(const Record& rec, int64_t group, int64_t pairs, const uint32_t* panel,
                const uint32_t* x, const float* x_sums, float* sums) {
@@ -206,12 +235,22 @@ void many_rows_bf16(const Job& job, int64_t begin, int64_t end, const Tables& t)
   const int64_t pairs = f.blocks * kFields;
   alignas(64) uint32_t panel[kSegment / 2 * kStrip];
   alignas(64) float sums[kTilesAtOnce * kTile * kStrip];
+  // small groups would interrupt the sums too often
+  const bool folds = f.group && f.group < kSegment && scales_fold(f, job.blob);
+  Format runs = f;
+  if (folds) runs.group = 0;
   tile_runs(job, [&](int64_t t0, int64_t tiles, int64_t row, int64_t rows) {
     for (int64_t strip = begin; strip < end; ++strip) {
-      const Record rec = record(job, strip);
+      Record rec = record(job, strip);
+      const Record scaled = rec;
+      if (folds) rec.scale = kScaleNone;
       memset(sums, 0, sizeof(float) * kStrip * rows * job.pieces);
-      segments(f, [&](const Segment& s) {
+      segments(runs, [&](const Segment& s) {
         decode_pairs<BITS>(rec, s.unit, s.units, t, panel);
+        for (int64_t u = 0; folds && u < s.units; ++u) {
+          const int64_t group = (s.unit + u) * kUnit / f.group;  // inputs past the last are zeros
+          fold(scaled, group < f.groups ? group : f.groups - 1, panel + u * kUnit / 2 * kStrip);
+        }
         for (int64_t i = 0; i < tiles; ++i) {
           const int n = tile_rows(job, t0 + i);
           const uint32_t* x = static_cast<const uint32_t*>(job.packed) + (t0 + i) * kTile * pairs +
