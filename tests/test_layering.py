@@ -43,6 +43,8 @@ CATCH_ALL = {
     "ar_tuner/walk.py",  # handed from the frame's thread to the controller, which raises it
 }
 MAX_FILE, MAX_FUNCTION = 400, 60
+MAX_KERNEL = 100
+"""Lines of a function in a file of Triton kernels: one program each, which cannot call Python."""
 
 FILES = sorted((ROOT / "packages").glob("*/src/**/*.py"))
 
@@ -105,7 +107,8 @@ def test_a_module_keeps_the_rules(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= MAX_FUNCTION, f"{short(path)}: {node.name} has {length} lines"
+            most = MAX_KERNEL if short(path) == "ar_kernels/triton/kernels.py" else MAX_FUNCTION
+            assert length <= most, f"{short(path)}: {node.name} has {length} lines"
         if isinstance(node, ast.ExceptHandler) and short(path) not in CATCH_ALL:
             names = {n.id for n in ast.walk(node.type or node) if isinstance(n, ast.Name)}
             reraised = any(isinstance(n, ast.Raise) and n.exc is None for n in ast.walk(node))

@@ -272,31 +272,13 @@ def _narrated(
             run.record(event)
         request.emit(event)
 
-    def routed(index: int, found: Routed) -> None:
-        emit(events.ExpertTokens(index, found.experts, found.tokens))
-        if found.remark is not None:
-            emit(events.Note(*found.remark))
-
-    blocks = job.blocks
-    total = len(blocks)
-    emit(
-        events.RunStarted(
-            run_dir, total, len(job.plan.quantized), request.settings.facts(), resumed
-        )
-    )
+    total = len(job.blocks)
+    facts = request.settings.facts()
+    emit(events.RunStarted(run_dir, total, len(job.plan.quantized), facts, resumed))
     for row in job.plan.fallbacks:
         emit(events.Note("info", f"{row.layer.name} stays in 16 bit: {row.reason}"))
-    job = dataclasses.replace(
-        job,
-        report=lambda i, step, steps, loss: emit(
-            events.BlockProgress(i, total, blocks[i].name, step, steps, loss)
-        ),
-        started=lambda i: emit(events.BlockStarted(i, total, blocks[i].name)),
-        note=lambda level, text: emit(events.Note(level, text)),
-        routed=routed,
-    )
     eta = Eta(total)
-    for outcome in quantize_blocks(job):
+    for outcome in quantize_blocks(_telling(job, emit)):
         if outcome.restored:
             eta.skip()
         else:
@@ -315,6 +297,26 @@ def _narrated(
             )
         )
         yield outcome.index, outcome.name, result
+
+
+def _telling(job: Job, emit: Callable[[events.RunEvent], None]) -> Job:
+    """Return a job that tells what happens in its blocks."""
+    blocks, total = job.blocks, len(job.blocks)
+
+    def routed(index: int, found: Routed) -> None:
+        emit(events.ExpertTokens(index, found.experts, found.tokens))
+        if found.remark is not None:
+            emit(events.Note(*found.remark))
+
+    return dataclasses.replace(
+        job,
+        report=lambda i, step, steps, loss: emit(
+            events.BlockProgress(i, total, blocks[i].name, step, steps, loss)
+        ),
+        started=lambda i: emit(events.BlockStarted(i, total, blocks[i].name)),
+        note=lambda level, text: emit(events.Note(level, text)),
+        routed=routed,
+    )
 
 
 def _job(
