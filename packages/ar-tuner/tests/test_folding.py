@@ -306,6 +306,32 @@ def test_a_killed_run_goes_on_with_what_was_folded(model, rows, sinks, tmp_path)
     assert all(torch.equal(whole.weights[k].codes, resumed.weights[k].codes) for k in whole.weights)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"token_weights": True, "block_steps": 2}], ids=["", "all"]
+)
+def test_blocks_that_come_from_disk_come_back_folded(model, rows, sinks, tmp_path, options) -> None:
+    uneven(model()).save_pretrained(tmp_path / "float")
+    logits = []
+    for low in (True, False):
+        job = AutoRound(
+            tmp_path / "float",
+            dataset=rows,
+            recipe="fast",
+            iters=2,
+            low_cpu_mem_usage=low,
+            **QUICK,
+            **options,
+        )
+        written = job.quantize_and_save(tmp_path / f"out{low}", format="memory")
+        with torch.no_grad():
+            logits.append(written.model(rows).logits)
+    one, two = [s for s in sinks if s.state == "committed"]
+    assert set(one.tensors) == set(two.tensors)
+    assert all(torch.equal(one.tensors[k], two.tensors[k]) for k in one.tensors)
+    assert all(torch.equal(one.weights[k].codes, two.weights[k].codes) for k in one.weights)
+    assert torch.equal(*logits)
+
+
 def test_the_stage_starts_from_the_folded_model(model, sinks, tmp_path, monkeypatch) -> None:
     many = torch.randint(0, 128, (64, 32), generator=torch.Generator().manual_seed(1))
     made = uneven(model())

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from ar_tuner.algorithms.base import BlockResult
+from ar_tuner.errors import TunerError
 from ar_tuner.folding.apply import Folding
 
 if TYPE_CHECKING:
@@ -52,9 +53,15 @@ def loader(run: Run, home: torch.device) -> Callable[[int], BlockResult | None]:
             return None
         weights, facts = run.load_block(index)
         result = BlockResult.restored({k: w.to(home) for k, w in weights.items()}, facts)
-        saved = run.get_state(f"{_FOLDED}-{index}") if facts.get(_FOLDED) else None
-        if saved is None:
+        if not facts.get(_FOLDED):
             return result
+        saved = run.get_state(f"{_FOLDED}-{index}")
+        if saved is None:
+            msg = (
+                f"what was folded in block {index} is missing from {run.directory}. Remove it to "
+                "start anew."
+            )
+            raise TunerError(msg)
         folding = Folding.from_tensors({k: v.to(home) for k, v in saved[0].items()})
         return dataclasses.replace(result, folding=folding)
 
