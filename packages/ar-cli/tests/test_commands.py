@@ -261,6 +261,10 @@ def test_the_status_of_a_command_is_that_of_the_program(tmp_path) -> None:
             ["--algorithm", "signround", "--stage", "mine"],
             {"algorithm": "signround", "stage": "mine"},
         ),
+        (
+            ["--fold", "--token-weights", "--block-steps", "60"],
+            {"fold": True, "token_weights": True, "block_steps": 60},
+        ),
     ],
 )
 def test_algorithm_and_stage_reach_the_job(monkeypatch, tmp_path, typed, given) -> None:
@@ -273,7 +277,7 @@ def test_algorithm_and_stage_reach_the_job(monkeypatch, tmp_path, typed, given) 
 
     monkeypatch.setattr("ar_tuner.AutoRound", Job)
     ar("quantize", "model", "-o", tmp_path / "out", *typed)
-    names = ("algorithm", "distill", "stage")
+    names = ("algorithm", "distill", "stage", "fold", "token_weights", "block_steps")
     assert {k: v for k, v in seen.items() if k in names} == given
 
 

@@ -29,7 +29,7 @@ _CHOICES = {
 }
 _SWITCHES = (
     *("quant_lm_head", "enable_quanted_input", "enable_minmax_tuning", "not_use_best_mse"),
-    *("enable_alg_ext", "enable_adam", "enable_deterministic_algorithms"),
+    *("enable_alg_ext", "enable_adam", "enable_deterministic_algorithms", "fold", "token_weights"),
 )
 _OPEN = ("disable_opt_rtn", "distill")
 """Switches that may be left to the recipe."""
@@ -39,8 +39,9 @@ _FURTHER: dict[str, tuple[str, ...]] = {"distill": (SCALES,)}
 _LOOP_ONLY = (
     *("enable_alg_ext", "optimizer", "enable_adam", "momentum", "lr_scheduler", "nblocks"),
     *("gradient_accumulate_steps", "validation_rows", "dynamic_max_gap", "stage"),
+    *("token_weights", "block_steps"),
 )
-_COUNTS = {"gradient_accumulate_steps": 1, "nblocks": 1, "validation_rows": 0}
+_COUNTS = {"gradient_accumulate_steps": 1, "nblocks": 1, "validation_rows": 0, "block_steps": 0}
 
 
 def refuse_undone(given: Mapping[str, Any]) -> None:
@@ -146,6 +147,14 @@ def _check_together(settings: Settings) -> None:
         (
             settings.recipe == "rtn" and settings.disable_opt_rtn is False,
             "recipe 'rtn' rounds with plain scales: for searched ones choose recipe 'opt_rtn'",
+        ),
+        (
+            settings.fold and settings.nblocks > 1,
+            f"fold looks at one block at a time, nblocks {settings.nblocks} tunes several as one",
+        ),
+        (
+            settings.token_weights and settings.chosen.algorithm != "second_order",
+            f"token_weights belong to algorithm 'second_order', not {settings.chosen.algorithm!r}",
         ),
         (
             settings.distill is not None and settings.stage is not None,

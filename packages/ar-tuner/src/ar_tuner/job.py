@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ar_tuner import events
-from ar_tuner.algorithms.base import BlockResult
 from ar_tuner.blocks import Block, weight_of
 from ar_tuner.determinism import deterministic
 from ar_tuner.errors import TunerError
+from ar_tuner.folding.store import foldable, gains_of, keep_block, loader
 from ar_tuner.leftovers import install_outside, keep_choice, source_names, unreached, untouched
 from ar_tuner.logits import tail_of
 from ar_tuner.pipeline import Job, needs_inputs, quantize_blocks, wants_float_inputs
@@ -35,13 +35,14 @@ from ar_tuner.stages import ModelResult
 from ar_tuner.written import Written
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
     from torch import nn
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan
+    from ar_tuner.algorithms.base import BlockResult
     from ar_tuner.api import AutoRound, Prepared
     from ar_tuner.refine import Rows
     from ar_tuner.routed import Routed
@@ -104,7 +105,7 @@ def quantize_to_directory(
         with run:
             keep_choice(request, run.directory)
             home = _home(prepared)
-            job = _job(request, prepared, finished=_loader(run, home), rows=rows)
+            job = _job(request, prepared, finished=loader(run, home), rows=rows)
             outside = dict(unreached(prepared, job))
             with deterministic(enabled=request.settings.enable_deterministic_algorithms):
                 refinement = _refinement(request, prepared, job, rows, outside)
@@ -159,6 +160,7 @@ def _write(  # noqa: PLR0913
 ) -> None:
     names = source_names(request, prepared)
     written: set[str] = set()
+    folded: dict[str, torch.Tensor] = {}
 
     def put(layer: str, weight: QuantizedWeight) -> None:
         key = names[f"{layer}.weight"]
@@ -169,21 +171,24 @@ def _write(  # noqa: PLR0913
         request, job, refinement, resumed=_done(job, run), run_dir=str(run.directory), run=run
     ):
         if index not in run.finished:
-            run.save_block(index, name, result.weights, result.facts())
+            keep_block(run, index, name, result)
         if refinement is None:
             for layer, weight in result.weights.items():
                 put(layer, weight)
+        folded |= gains_of(name, result)
     for layer, weight in outside.items():
         install_outside(prepared.model, layer, weight)
         put(layer, weight)
+    moved: Mapping[str, torch.Tensor] = {}
     if refinement is not None:
         with gathered(job):
             refined = _refined(request, job, run, refinement)
         for layer, weight in refined.weights.items():
             put(layer, weight)
-        for name, tensor in refined.tensors.items():
-            sink.put_tensor(names[name], tensor.cpu())
-            written.add(names[name])
+        moved = refined.tensors
+    for name, tensor in {**folded, **moved}.items():
+        sink.put_tensor(names[name], tensor.cpu())
+        written.add(names[name])
     for key, tensor in untouched(request, prepared, written):
         sink.put_tensor(key, tensor)
 
@@ -195,7 +200,8 @@ def _done(job: Job, run: Run) -> int:
 
 def _rows(request: AutoRound, prepared: Prepared) -> Rows | None:
     staged = request.settings.chosen.stage is not None
-    if not staged and not needs_inputs(request.algorithm(), prepared.plan):
+    wanted = staged or request.settings.fold
+    if not wanted and not needs_inputs(request.algorithm(), prepared.plan):
         return None
     return request.calibration_rows(prepared.tokenizer, prepared.model)
 
@@ -348,6 +354,10 @@ def _job(
         report=lambda index, step, steps, loss: None,
         residence=prepared.residence,
         window=request.settings.nblocks if tuned else 1,
+        foldable=foldable(prepared.model, source_names(request, prepared))
+        if request.settings.fold
+        else None,
+        weigh_tokens=request.settings.token_weights,
         head=_head(prepared) if rows is not None else None,
         tail=tail_of(getattr(prepared.model, "config", None)),
         forward=request.forward(),
@@ -364,16 +374,6 @@ def _head(prepared: Prepared) -> Block | None:
 def _home(prepared: Prepared) -> Any:
     found = prepared.residence.placement.home
     return next(prepared.model.parameters()).device if found is None else found
-
-
-def _loader(run: Run, home: torch.device) -> Callable[[int], BlockResult | None]:
-    def load(index: int) -> BlockResult | None:
-        if index not in run.finished:
-            return None
-        weights, facts = run.load_block(index)
-        return BlockResult.restored({k: w.to(home) for k, w in weights.items()}, facts)
-
-    return load
 
 
 def _weight_finder(

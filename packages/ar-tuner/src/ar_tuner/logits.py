@@ -31,6 +31,18 @@ def tail_of(config: Any) -> Callable[[Tensor], Tensor]:
     return tail
 
 
+def drawn_loss(logits: Tensor, *, seed: int) -> Tensor:
+    """Return minus the log probability, summed over tokens, of labels drawn from logits [..., V].
+
+    Its gradients have the model's true Fisher information as their second moment.
+    """
+    flat = logits.float().reshape(-1, logits.shape[-1])
+    generator = torch.Generator(flat.device).manual_seed(seed)
+    chances = torch.softmax(flat.detach(), -1)
+    labels = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+    return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+
+
 def _number(config: Any, name: str, otherwise: float) -> float:
     value = getattr(config, name, None)
     return float(value) if isinstance(value, (int, float)) and value else otherwise

@@ -19,6 +19,7 @@ from ar_tuner.errors import TunerError
 from ar_tuner.memory import trim
 from ar_tuner.parts import WeightRef, replacements
 from ar_tuner.routed import Routed, counting
+from ar_tuner.sensitivity import token_weights
 from ar_tuner.spans import Material, quantize_span
 from ar_tuner.walk import Call, Frame, execute, suspended, trace_calls
 from ar_tuner.window import Passage, check_chained, follow, windows
@@ -53,6 +54,9 @@ class Job:
         note: called with a level and a text that a user should know.
         routed: called with a block's index and the tokens that a list of its experts was sent.
         window: consecutive blocks that are tuned as one.
+        foldable: tells of a parameter, by its name in the model, whether it belongs to one module
+            and may change; scales are then folded into norms. None: nothing is folded.
+        weigh_tokens: errors count as the model's predictions depend on them.
         head: the output head, walked after the blocks as one more, if it is to be quantized.
         tail: what the model does to the head's logits.
         forward: runs blocks in the tuning loop.
@@ -75,6 +79,8 @@ class Job:
     note: Callable[[Level, str], None] = lambda level, text: None
     routed: Callable[[int, Routed], None] = lambda index, found: None
     window: int = 1
+    foldable: Callable[[str], bool] | None = None
+    weigh_tokens: bool = False
     head: Block | None = None
     tail: Callable[[Tensor], Tensor] = lambda logits: logits
     forward: Forward = plain
@@ -112,7 +118,7 @@ class Job:
 
         def finals() -> dict[str, Tensor]:
             result = self.finished(index)
-            return {} if result is None else _replacements(self, block, result.weights)
+            return {} if result is None else _finals(self, block, result)
 
         self.residence.settle(index, finals)
         self.residence.leave(index)
@@ -144,7 +150,7 @@ def quantize_blocks(job: Job) -> Iterator[BlockOutcome]:
     Raises:
         TunerError: a block that holds planned layers is never called by the model.
     """
-    if needs_inputs(job.algorithm, job.plan):
+    if job.foldable is not None or needs_inputs(job.algorithm, job.plan):
         yield from _walk(job)
         return
     for index, block in enumerate(job.blocks):
@@ -179,6 +185,7 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
     done: dict[int, BlockResult] = {}
     replaced: dict[int, dict[str, Tensor]] = {}
     errors: list[float] = []
+    weights = token_weights(job) if job.weigh_tokens else None
     with suspended(entry, modules, batches * (2 if job.quantized_inputs else 1)) as frames:
         for position, span in enumerate(spans):
             floats = [f for f in frames[: len(batches)] if _stands_at(f, span[0])]
@@ -196,9 +203,12 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
                     for found in routed[index]:
                         job.routed(index, found)
                 firsts = [f.call for f in quants or floats if f.call is not None]
-                material = Material(firsts, passages, energy)
+                counted = None if weights is None else weights[min(span[-1], len(weights) - 1)]
+                material = Material(firsts, passages, energy, counted)
                 results, restored = quantize_span(job, span, material, errors)
                 del firsts, material
+                for index in span:  # folded, where it is to be
+                    job.entered(index)
                 for index, result in results.items():
                     replaced[index] = _replacements(job, blocks[index], result.weights)
                 done |= results
@@ -300,6 +310,12 @@ def _replacements(
     job: Job, block: Block, weights: Mapping[str, QuantizedWeight]
 ) -> dict[str, Tensor]:
     return replacements(block.module, [t.ref for t in job.targets(block)], weights)
+
+
+def _finals(job: Job, block: Block, result: BlockResult) -> dict[str, Tensor]:
+    """Return every parameter of a block that is not as the source has it, by name."""
+    gains = {} if result.folding is None else result.folding.tensors
+    return {**_replacements(job, block, result.weights), **gains}
 
 
 def install(block: nn.Module, weights: Mapping[str, Tensor]) -> None:

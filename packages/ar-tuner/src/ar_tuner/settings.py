@@ -43,6 +43,9 @@ class Settings:
             its scales and norm gains alone, in little memory; None: as the recipe says (but not
             after an algorithm that was asked for), codes too where memory allows.
         stage: another stage than `distill`, by name.
+        fold: scale the input channels of layers and divide the norm before them by the same.
+        token_weights: second order counts errors as the model's predictions depend on them.
+        block_steps: steps that the codes and scales of a finished block take on its own error.
         iters, nsamples, seqlen, batch_size, lr, minmax_lr: override the recipe's.
         bits, group_size, sym: override the scheme's.
         scale_dtype: type that scales of integers are stored in; None: float16.
@@ -93,6 +96,9 @@ class Settings:
     lr: float | None = None
     minmax_lr: float | None = None
     seed: int = 42
+    fold: bool = False
+    token_weights: bool = False
+    block_steps: int = 0
     bits: int | None = None
     group_size: int | None = None
     sym: bool | None = None
@@ -162,6 +168,8 @@ class Settings:
             )
             if getattr(self, name) is not None
         }
+        if self.fold and recipe.name == "rtn":  # which needs none otherwise
+            given.setdefault("nsamples", RECIPES["opt_rtn"].nsamples)
         asked = self.algorithm
         if asked is None and recipe.iters and any(_given(self, n) for n in _SIGNROUND):
             asked = "signround"
@@ -195,6 +203,7 @@ class Settings:
             patience=max(0, self.dynamic_max_gap),
             minmax_tuning=self.enable_minmax_tuning,
             search_wide=recipe.disable_opt_rtn is False,
+            block_steps=self.block_steps,
         )
 
     @property

@@ -10,9 +10,11 @@ import torch
 
 from ar_tuner.activations import collect_ranges, with_range
 from ar_tuner.algorithms.base import BlockResult, BlockTask, Target
+from ar_tuner.algorithms.block_tuning import Tuned
 from ar_tuner.algorithms.head import head_ranges, state_of
 from ar_tuner.algorithms.rtn import nearest_of
 from ar_tuner.errors import TunerError
+from ar_tuner.folding import Folding, apply, fold
 from ar_tuner.fused import shared_values
 from ar_tuner.guard import guarded
 from ar_tuner.rows import RowBank, rows_of
@@ -31,11 +33,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Material:
-    """What the frames hold for a window: the calls of its first block, the float passages."""
+    """What the frames hold for a window.
+
+    Attributes:
+        firsts: the calls of its first block.
+        passages: the float passages.
+        energy: see `BlockTask.energy`.
+        token_weights: of the output of its last block [N, T]; None: tokens count alike.
+    """
 
     firsts: list[Call]
     passages: list[Passage]
     energy: Mapping[str, Tensor]
+    token_weights: Tensor | None = None
 
 
 def quantize_span(
@@ -46,6 +56,9 @@ def quantize_span(
     restored = [r for r in saved if r is not None]
     if len(restored) == len(span):
         errors.extend(r.relative for r in restored[:1] if r.relative is not None)
+        for index, known in zip(span, restored, strict=True):
+            if known.folding is not None:
+                apply(job.blocks[index].module, job.targets(job.blocks[index]), known.folding)
         return dict(zip(span, restored, strict=True)), True
     targets = {index: job.targets(job.blocks[index]) for index in span}
     if not any(targets.values()):
@@ -54,15 +67,34 @@ def quantize_span(
         job.started(index)
     task = _task(job, targets, material)
     _check_finite(task)
-    task = dataclasses.replace(task, shared=shared_values(task))
     is_head = job.blocks[span[0]] is job.head
+    task, folding = (task, Folding()) if is_head else _fold(job, task)
+    task = dataclasses.replace(task, shared=shared_values(task))
     if material is not None:
         task = dataclasses.replace(
             task, ranges=head_ranges(task) if is_head else collect_ranges(task)
         )
-    result = _head(job, task) if is_head else guarded(job.algorithm, task, errors, job.note)
+    algorithm, steps = job.algorithm, task.settings.block_steps
+    algorithm = Tuned(algorithm, steps) if steps and material is not None else algorithm
+    result = _head(job, task) if is_head else guarded(algorithm, task, errors, job.note)
     errors.extend([] if result.relative is None else [result.relative])
+    result = dataclasses.replace(result, folding=folding or None)
     return {index: _part(result, targets[index], task.ranges) for index in span}, False
+
+
+def _fold(job: Job, task: BlockTask) -> tuple[BlockTask, Folding]:
+    """Fold scales into the norms of the task's block, and return what the task is then."""
+    if job.foldable is None or task.inputs is None:
+        return task, Folding()
+    allowed, name = job.foldable, task.name
+    folding = fold(task, allowed=lambda parameter: allowed(f"{name}.{parameter}"))
+    apply(task.block, task.targets, folding)
+    energy = {
+        t.ref.layer: task.energy[t.ref.layer] / folding.square(t.ref)
+        for t in task.targets
+        if t.ref.layer in task.energy
+    }
+    return dataclasses.replace(task, energy=energy), folding
 
 
 def _task(
@@ -94,6 +126,9 @@ def _task(
         energy={} if material is None else material.energy,
         tail=job.tail,
         forward=job.forward,
+        token_weights=None
+        if material is None or material.token_weights is None
+        else tuple(material.token_weights),
         note=lambda text: job.note("info", text),
     )
 

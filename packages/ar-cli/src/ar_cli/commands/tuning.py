@@ -28,6 +28,19 @@ _OPTIONS = (
         help="The same with scales and norm gains alone, in little memory.",
     ),
     click.option("--stage", metavar="NAME", help="Refine the whole model by another stage."),
+    click.option(
+        "--fold", is_flag=True, help="Scale channels of layers, and the norm before them back."
+    ),
+    click.option(
+        "--token-weights",
+        is_flag=True,
+        help="Count errors as the model's predictions depend on them (second_order).",
+    ),
+    click.option(
+        "--block-steps",
+        type=int,
+        help="Steps that a finished block takes on its own error; default 0.",
+    ),
     click.option("--iters", type=int, help="Tuning steps per block; 0 rounds to nearest."),
     click.option("--batch-size", type=int, help="Rows per step."),
     click.option("--gradient-accumulate-steps", type=int, help="Minibatches per step."),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import Scheme
+    from ar_tuner.folding import Folding
     from ar_tuner.parts import WeightRef
     from ar_tuner.rows import RowBank
 
@@ -47,6 +48,7 @@ class TuneSettings:
         patience: stop after so many steps without a better iterate; 0: never.
         minmax_tuning: tune the clip factors too.
         search_wide: rounding to nearest with searched scales searches 8-bit integers too.
+        block_steps: steps that a finished block's codes and scales take on its own error.
     """
 
     iters: int = 200
@@ -66,6 +68,7 @@ class TuneSettings:
     patience: int = 0
     minmax_tuning: bool = True
     search_wide: bool = False
+    block_steps: int = 0
 
     def offset_step(self, bits: int) -> float:
         """Return the first step of the rounding offsets of a layer with codes of some width."""
@@ -106,6 +109,8 @@ class BlockTask:
         float_inputs: what the block is given in the float model, by row; None where that is
             `inputs` too.
         forward: runs the block with replaced weights.
+        token_weights: by row, how much an error of each token's output counts [T], 1 in the mean;
+            None: every token counts alike.
     """
 
     block: nn.Module
@@ -122,6 +127,7 @@ class BlockTask:
     note: Callable[[str], None] = lambda text: None
     float_inputs: RowBank | None = None
     forward: Forward = plain
+    token_weights: Sequence[Tensor] | None = None
 
     def weight(self, target: Target) -> Tensor:
         """Return a target's float weight as [O, I] (a view)."""
@@ -155,7 +161,8 @@ class BlockResult:
     on the same rows: mean squared errors of the output, KL divergences in nats for the output
     head; None for algorithms that look at no inputs. `relative` is `loss_after` over the mean
     square of the reference output, as the walk measures it. `diverged`: the loop left the finite
-    numbers and its result was thrown away.
+    numbers and its result was thrown away. `folding`: what was done to the float block beforehand
+    (by the walk, not by an algorithm); its gains belong to the result.
     """
 
     weights: Mapping[str, QuantizedWeight]
@@ -163,6 +170,7 @@ class BlockResult:
     loss_after: float | None = None
     relative: float | None = None
     diverged: bool = False
+    folding: Folding | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return all but the weights as plain values, for the journal of a run."""

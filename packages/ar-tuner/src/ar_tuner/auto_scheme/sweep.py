@@ -69,6 +69,9 @@ class Listener:
         """Return the weights of a block whose gradients are wanted, by parameter name."""
         return {}
 
+    def arrived(self, index: int, number: int, gradients: Sequence[Tensor | None]) -> None:
+        """Take the gradients of what a block gave for a batch, tensor by tensor (`sweep` only)."""
+
     def felt(self, index: int, number: int, gradients: Mapping[str, Tensor]) -> None:
         """Take the gradients of the wanted weights of a block for a batch."""
 
@@ -172,7 +175,9 @@ def _back(passing: Sweep, listener: Listener, index: int, stops: list[_Stop]) ->
         args, kwargs = mapped((stop.call.args, stop.call.kwargs), leaf)
         with torch.enable_grad(), listener.running(index, back=True):
             output = functional_call(block, weights, args, kwargs)
-        _differentiate(_floats(output), [leaf.grad for leaf in stop.leaves])
+        arrived = [leaf.grad for leaf in stop.leaves]
+        listener.arrived(index, number, arrived)
+        _differentiate(_floats(output), arrived)
         listener.felt(index, number, {n: w.grad for n, w in wanted.items() if w.grad is not None})
         for weight in wanted.values():
             weight.grad = None

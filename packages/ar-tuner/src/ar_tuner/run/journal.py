@@ -173,7 +173,7 @@ class Run:
             return tensors, int(file.metadata()["step"])
 
     def _state(self, name: str) -> Path:
-        return self.directory / "blocks" / f"state-{name}.safetensors"
+        return self._blocks / f"state-{name}.safetensors"
 
     def record(self, event: RunEvent) -> None:
         """Append an event to the log."""

@@ -35,18 +35,18 @@ class Gap(Enum):
 
 @dataclass(frozen=True)
 class Moments:
-    """Means over the tokens that reach a layer.
+    """Means over the tokens that reach a layer, each counted by its weight.
 
     Attributes:
         gram: mean of x x^T, float32 [I, I], x what the layer is given.
         gap: mean of e x^T, float32: e the gap of inputs [I, I] or of outputs [O, I]; None where
             it was not asked for, or the float model sends other tokens here.
-        tokens: how many tokens were seen.
+        tokens: how many tokens were seen; the sum of their weights.
     """
 
     gram: Tensor
     gap: Tensor | None
-    tokens: int
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,17 @@ class _Sums:
     def __init__(self) -> None:
         self.gram: Tensor | None = None
         self.gap: Tensor | None = None
-        self.tokens = 0
+        self.tokens = 0.0
 
-    def add(self, x: Tensor, gap: Tensor | None) -> None:
-        self.gram = _plus(self.gram, x, x)
-        self.tokens += len(x)
+    def add(self, x: Tensor, gap: Tensor | None, counts: Tensor | None) -> None:
+        counted = x if counts is None else x * counts.to(x.device).unsqueeze(-1)
+        self.gram = _plus(self.gram, counted, x)
+        self.tokens += len(x) if counts is None else float(counts.sum())
         if gap is not None:
-            self.gap = _plus(self.gap, gap, x)
+            self.gap = _plus(self.gap, gap, counted)
 
     def moments(self, *, gap: bool) -> Moments | None:
-        if self.gram is None:
+        if self.gram is None or self.tokens <= 0:
             return None
         whole = self.gap if gap else None
         return Moments(
@@ -104,7 +105,8 @@ def collect(
             continue
         short = None if gap is Gap.NONE else _gap(task, target, rows, gap, seen.given, seen.output)
         complete = complete and short is not None
-        (held if i % HELD == HELD - 1 else others).add(seen.given, short)
+        counts = _counts(task, rows, len(seen.given))
+        (held if i % HELD == HELD - 1 else others).add(seen.given, short, counts)
     wanted = gap is not Gap.NONE and complete
     parts = [held.moments(gap=wanted), others.moments(gap=wanted)]
     found = [p for p in parts if p is not None]
@@ -114,6 +116,17 @@ def collect(
     if len(found) == 1:
         return Statistics(gap, found[0], None, None)
     return Statistics(gap, _joined(found), parts[0], parts[1])
+
+
+def _counts(task: BlockTask, rows: Sequence[int], tokens: int) -> Tensor | None:
+    """Return the weight of each token [T] that a layer is given; None where all count alike.
+
+    An expert is given some tokens only, and nobody says which: they count alike.
+    """
+    if task.token_weights is None:
+        return None
+    whole = torch.cat([task.token_weights[r].flatten() for r in rows])
+    return whole if len(whole) == tokens else None
 
 
 def _gap(

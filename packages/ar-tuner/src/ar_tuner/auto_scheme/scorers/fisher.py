@@ -27,6 +27,7 @@ from ar_kernels.numerics.activation import fake_quant_activation
 from ar_tuner.auto_scheme.candidates import Inputs, ranges_of
 from ar_tuner.auto_scheme.sweep import Listener, Sweep, sweep, sweep_whole
 from ar_tuner.blocks import weight_of, weights_of
+from ar_tuner.logits import drawn_loss
 from ar_tuner.watching import watching
 
 if TYPE_CHECKING:
@@ -151,11 +152,7 @@ class _FisherListener(Listener):
 
     def loss(self, logits: Tensor, rows: Tensor, number: int) -> Tensor:  # noqa: ARG002
         """Return minus the log probability of labels that the model draws."""
-        flat = logits.float().reshape(-1, logits.shape[-1])
-        generator = torch.Generator(flat.device).manual_seed(self._task.seed * 1_000_003 + number)
-        chances = torch.softmax(flat.detach(), -1)
-        labels = torch.multinomial(chances, 1, generator=generator).squeeze(1)
-        return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+        return drawn_loss(logits, seed=self._task.seed * 1_000_003 + number)
 
     def wanted(self, index: int) -> dict[str, Tensor]:
         """Make the candidates of a block, and ask for the gradients of its weights."""

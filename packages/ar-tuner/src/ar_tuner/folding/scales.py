@@ -1,0 +1,79 @@
+"""By what to scale the input channels of layers: a small grid, judged by the error of rounding.
+
+A channel that carries much, or whose weights are small beside those it shares a scale with, loses
+more by rounding than others. Weights scaled up there are rounded more finely; what a layer is
+given is divided by the same (AWQ, arXiv 2306.00978).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ar_kernels import data_type
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from ar_schemes import TensorSpec
+
+POWERS = (0.125, 0.25, 0.375, 0.5, 0.625)
+"""Of the root mean square of a channel, and of that over the one of its weights."""
+REACH = 16.0
+"""Largest factor, and the inverse of the smallest."""
+GAIN = 0.02
+"""Relative fall of the error below which nothing is scaled."""
+_DEAD = 1e-3
+_DAMPING = 0.01
+
+
+def chosen(weights: Sequence[Tensor], specs: Sequence[TensorSpec], gram: Tensor) -> Tensor | None:
+    """Return the factor of each channel [I] under which rounding loses least; None: none gains.
+
+    Args:
+        weights: of layers that share their input, float32 [O, I].
+        specs: what each becomes.
+        gram: mean of x x^T of the input, [I, I].
+    """
+    plain = least = rounding_error(weights, specs, gram, torch.ones_like(gram.diagonal()))
+    best: Tensor | None = None
+    for factor in candidates(weights, gram.diagonal()):
+        error = rounding_error(weights, specs, gram, factor)
+        if error < least:
+            best, least = factor, error
+    return best if least <= (1 - GAIN) * plain else None
+
+
+def candidates(weights: Sequence[Tensor], energy: Tensor) -> Iterator[Tensor]:
+    """Yield factors [I] for inputs of a mean square `energy` [I]; their geometric mean is 1."""
+    given = _floored(energy.sqrt())
+    held = _floored(torch.cat(list(weights)).square().mean(0).sqrt())
+    for base in (given, given / held):
+        for power in POWERS:
+            factor = base**power
+            yield (factor / factor.log().mean().exp()).clamp(1 / REACH, REACH)
+
+
+def rounding_error(
+    weights: Sequence[Tensor], specs: Sequence[TensorSpec], gram: Tensor, factor: Tensor
+) -> float:
+    """Return trace(E H E^T), E the error of weights scaled by a factor [I], searched and rounded.
+
+    In units of the outputs: the inputs are divided by the factor, so H is too.
+    """
+    scaled = gram / factor / factor.unsqueeze(-1)
+    energy = scaled.diagonal() + _DAMPING * scaled.diagonal().mean()
+    total = 0.0
+    for weight, spec in zip(weights, specs, strict=True):
+        kind, goal = data_type(spec.data_type), (weight * factor).contiguous()
+        made = kind.fake_quant(goal, spec, kind.search(goal, spec, importance=energy))
+        error = made - goal
+        total += float(((error @ scaled) * error).sum(dtype=torch.float64))
+    return total
+
+
+def _floored(size: Tensor) -> Tensor:
+    return size.clamp_min(_DEAD * float(size.mean()) + torch.finfo(size.dtype).tiny)
