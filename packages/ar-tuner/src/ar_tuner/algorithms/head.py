@@ -217,7 +217,7 @@ def head_energy(head: Head) -> Tensor:
     """Return the mean square of each channel of the float hidden states, [H]."""
     energy = Energy()
     for row in head.task.reference:
-        energy.add("head", row)
+        energy.add(["head"], row)
     return energy.means()["head"]
 
 
