@@ -275,3 +275,17 @@ def test_experts_that_get_few_tokens_are_told_of(model, rows) -> None:
         job.quantize()
     texts = [e.text for e in told if isinstance(e, Note)]
     assert any("experts were sent fewer than 64 calibration tokens" in text for text in texts)
+
+
+def test_experts_one_below_the_other_are_kept_and_told_of() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DbrxConfig(
+        d_model=64, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=128
+    )
+    config.ffn_config.ffn_hidden_size = 64
+    config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k = 4, 2
+    config.attn_config.kv_n_heads, config.attn_config.rope_theta = 2, 10000.0
+    plan = AutoRound(transformers.DbrxForCausalLM(config), group_size=32).plan()
+    kept = {r.layer.name.rpartition(".")[2]: r for r in plan.rows if r.layer.role == "experts"}
+    assert kept.keys() == {"w1", "v1", "w2"}
+    assert all("one below the other" in r.reason and not r.quantized for r in kept.values())
