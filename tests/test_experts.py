@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,6 +11,10 @@ import transformers as t
 
 from ar_export import open_checkpoint, open_dequantized, verify
 from ar_tuner import AutoRound
+from ar_tuner.activations import quantized_activations, static_ranges
+from ar_tuner.adapters import GenericAdapter
+from ar_tuner.algorithms.base import Target
+from ar_tuner.blocks import find_blocks, weights_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -157,3 +162,32 @@ def _tokenizer(folder: Path) -> None:
     made = Tokenizer(models.BPE(vocab, [("a", "b")]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4", "FP8_STATIC"])
+def test_activations_of_experts_are_quantized_as_they_are_tuned(
+    kind, scheme, saved, tmp_path, monkeypatch
+) -> None:
+    pytest.importorskip("ar_kernels.hf.experts", reason="loads experts packed one by one")
+    monkeypatch.setenv("AR_BACKEND", "dense")  # kernels sum in another order
+    rows = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(1))
+    job = AutoRound(saved(kind), scheme=scheme, recipe="rtn", dataset=rows, nsamples=8, seqlen=32)
+    tuned, path = job.quantize_and_save(tmp_path / "out", "llm_compressor")
+    found = open_checkpoint(path)
+    weights = {name: found.weight(name) for name in found.quantized}
+    opened = type(tuned).from_pretrained(path, dtype=torch.float32).eval()
+    plan = job.plan()
+    ids = torch.arange(2, 30)[None]
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        got = opened(ids).logits
+        plain = tuned(ids).logits
+        for block in find_blocks(tuned, GenericAdapter()).blocks:
+            refs = weights_of(block, list(weights))
+            targets = [Target(ref, plan[ref.layer].scheme) for ref in refs]
+            ranges = static_ranges({ref.layer: weights[ref.layer] for ref in refs})
+            stack.enter_context(quantized_activations(block.module, targets, ranges))
+        wanted = tuned(ids).logits
+    size = float(wanted.abs().max())
+    assert float((got - wanted).abs().max()) < 1e-3 * size
+    assert float((plain - wanted).abs().max()) > 1e-2 * size

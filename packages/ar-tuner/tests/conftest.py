@@ -88,9 +88,10 @@ def qwen3_next(t: Any) -> Any:
     return t.Qwen3NextForCausalLM(t.Qwen3NextConfig(**SMALL, **experts, **linear, **more))
 
 
-def granite_moe(t: Any) -> Any:
-    more = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return t.GraniteMoeForCausalLM(t.GraniteMoeConfig(**SMALL, **more))
+def jetmoe(t: Any) -> Any:
+    sizes = {k: v for k, v in SMALL.items() if k not in ("num_attention_heads",)}
+    more = {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return t.JetMoeForCausalLM(t.JetMoeConfig(**sizes, **more))
 
 
 def mistral(t: Any) -> Any:
@@ -104,7 +105,7 @@ MODELS = {
     "gpt2": gpt2,
     "mistral": mistral,
     "qwen3_moe": qwen3_moe,
-    "granite_moe": granite_moe,
+    "jetmoe": jetmoe,
     "mixtral": mixtral,
     "gpt_oss": gpt_oss,
     "llama4": llama4,

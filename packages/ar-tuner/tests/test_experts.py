@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ar_schemes import scheme
 from ar_tuner import AutoRound, TunerError
 from ar_tuner.adapters import GenericAdapter
 from ar_tuner.algorithms.importance import metered
+from ar_tuner.algorithms.second_order.curvature import curvature
+from ar_tuner.algorithms.second_order.many import solve_many
+from ar_tuner.algorithms.second_order.solve import Problem, solve
 from ar_tuner.blocks import find_blocks
 from ar_tuner.events import BlockDone, ExpertTokens, Note
 from ar_tuner.parts import WeightRef, assembled
@@ -275,3 +279,38 @@ def test_experts_that_get_few_tokens_are_told_of(model, rows) -> None:
         job.quantize()
     texts = [e.text for e in told if isinstance(e, Note)]
     assert any("experts were sent fewer than 64 calibration tokens" in text for text in texts)
+
+
+def test_experts_one_below_the_other_are_kept_and_told_of() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DbrxConfig(
+        d_model=64, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=128
+    )
+    config.ffn_config.ffn_hidden_size = 64
+    config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k = 4, 2
+    config.attn_config.kv_n_heads, config.attn_config.rope_theta = 2, 10000.0
+    plan = AutoRound(transformers.DbrxForCausalLM(config), group_size=32).plan()
+    kept = {r.layer.name.rpartition(".")[2]: r for r in plan.rows if r.layer.role == "experts"}
+    assert kept.keys() == {"w1", "v1", "w2"}
+    assert all("one below the other" in r.reason and not r.quantized for r in kept.values())
+
+
+@pytest.mark.parametrize("name", ["W2A16G32", "W4A16", "MXFP4", "NVFP4", "GGUF:Q2_K_S"])
+def test_experts_solved_together_are_as_good_as_one_by_one(name) -> None:
+    spec = scheme(name).weight
+    assert spec is not None
+    generator = torch.Generator().manual_seed(0)
+    problems, curvatures = [], []
+    for _ in range(3):
+        mix = torch.randn(256, 256, generator=generator) + 2 * torch.eye(256)
+        x = torch.randn(512, 256, generator=generator) @ mix
+        curvatures.append(curvature(x.t() @ x / len(x), 0.02))
+        weights = [torch.randn(rows, 256, generator=generator) for rows in (32, 64)]
+        problems.append([Problem(w, spec) for w in weights])
+    together = solve_many(problems, curvatures, cycles=4)
+    for mine, h, found in zip(problems, curvatures, together, strict=True):
+        for problem, one, many in zip(mine, solve(mine, h, cycles=4), found, strict=True):
+            assert many.error == pytest.approx(one.error, rel=0.02)
+            assert many.error <= one.searched
+            left = h.error(problem.goal - many.weight.dequantize()).sum()
+            assert float(left) == pytest.approx(many.error, rel=1e-3)

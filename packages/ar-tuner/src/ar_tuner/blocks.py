@@ -11,7 +11,7 @@ from torch import nn
 
 from ar_schemes import LayerInfo
 from ar_tuner.errors import TunerError
-from ar_tuner.experts import Experts, find_experts, is_fused, own_wiring
+from ar_tuner.experts import Experts, find_experts, holds_experts, own_wiring
 from ar_tuner.parts import WeightRef
 
 if TYPE_CHECKING:
@@ -87,13 +87,7 @@ def find_blocks(
 
 
 def _with_experts(model: nn.Module, blocks: list[Block], wiring: Wiring | None) -> list[Block]:
-    fused = any(
-        is_fused(f"{path}.{leaf}", module, parameter)
-        for block in blocks
-        for path, module in block.module.named_modules()
-        for leaf, parameter in module.named_parameters(recurse=False)
-    )
-    if not fused:
+    if not any(holds_experts(block.module) for block in blocks):
         return blocks
     known = own_wiring(model) if wiring is None else wiring
     return [Block(b.name, b.module, find_experts(b.module, b.name, known)) for b in blocks]

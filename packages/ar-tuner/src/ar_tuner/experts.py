@@ -10,6 +10,7 @@ notes on the module, or by the shapes.
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from ar_tuner.wiring import Piece, Wiring
 
+_JOINED = "experts one below the other in one matrix: stay in 16 bit"
 _TINY = (2, 3)
 """Shape of the matrices that conversions are tried on."""
 _MANY = 3
@@ -89,6 +91,10 @@ def find_experts(block: nn.Module, name: str, wiring: Wiring) -> Experts:
                     found.kept.append((path, info))
                 else:
                     found.parts += refs
+            elif _is_joined(inside, module, parameter):
+                rows, columns = parameter.shape
+                info = LayerInfo(full, rows, columns, name, role="experts", keep=_JOINED)
+                found.kept.append((path, info))
             elif _is_bare_router(module, leaf, parameter):
                 rows, columns = parameter.shape
                 stored = wiring.names.get(full, full)
@@ -97,17 +103,37 @@ def find_experts(block: nn.Module, name: str, wiring: Wiring) -> Experts:
     return Experts(tuple(found.parts), tuple(found.kept))
 
 
+def holds_experts(block: nn.Module) -> bool:
+    """Tell whether a block holds experts that no layer stands for."""
+    return any(
+        is_fused(f"{path}.{leaf}", module, parameter)
+        or _is_joined(f"{path}.{leaf}", module, parameter)
+        for path, module in block.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+    )
+
+
 def is_fused(name: str, module: nn.Module, parameter: Tensor) -> bool:
     """Tell whether a parameter (by its name in the block) holds a matrix for each expert."""
     words = f"{name} {type(module).__name__}".lower()
     return parameter.ndim == _MANY and "expert" in words
 
 
+def _is_joined(name: str, module: nn.Module, parameter: Tensor) -> bool:
+    """Tell whether a parameter holds all experts one below the other (dbrx)."""
+    words = f"{name} {type(module).__name__}".lower()
+    bare = parameter.ndim == 2 and not _is_linear(module)  # noqa: PLR2004
+    return bare and "expert" in words and not re.search(r"bias|norm|router|gate$", name)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return any(c.__name__ in ("Linear", "Conv1D") for c in type(module).__mro__)
+
+
 def _is_bare_router(module: nn.Module, leaf: str, parameter: Tensor) -> bool:
     kind = type(module).__name__.lower()
     named = "router" in kind or kind.endswith("gate")
-    linear = any("Linear" in c.__name__ for c in type(module).__mro__)
-    return leaf == "weight" and parameter.ndim == 2 and named and not linear  # noqa: PLR2004
+    return leaf == "weight" and parameter.ndim == 2 and named and not _is_linear(module)  # noqa: PLR2004
 
 
 def _parts(
@@ -118,6 +144,8 @@ def _parts(
         found = _by_conversion(inside, parameter, piece, full)
         if found is not None:
             return found
+        if len(piece.sources) > 1:
+            return f"fused experts made of {len(piece.sources)} tensors in an unknown way"
     leaf = inside.rpartition(".")[2]
     if leaf not in JOINED:
         return f"fused experts of an unknown layout ({leaf} {list(parameter.shape)})"
@@ -126,6 +154,8 @@ def _parts(
         return f"fused experts of an unknown layout: {kinds}"
     stored = piece.sources[0] if piece is not None and len(piece.sources) == 1 else full
     prefix = stored.removesuffix(".weight").rpartition(".")[0]
+    if "expert" not in prefix.rpartition(".")[2]:  # granitemoe: a linear layer of the whole
+        prefix += ".experts"
     return [
         WeightRef(
             f"{prefix}.{expert}.{kind}",

@@ -73,7 +73,9 @@ def untouched(
     if request.source is not None:
         found = request.blueprint()
         pieces = found.wiring.covered
-        gone = written | tied | {s for name in apart for s in pieces[name].sources}
+        # of experts that are single in the files, too, `written` has the names
+        fused = [pieces[name].sources for name in apart]
+        gone = written | tied | {names[0] for names in fused if len(names) == 1}
         yield from found.source.read(k for k in found.source.names if k not in gone)
         return
     state = {k: t.detach() for k, t in prepared.model.state_dict().items() if k not in apart}

@@ -8,6 +8,7 @@ is asked not to fuse those keys while this model is loaded.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ar_kernels.hf.fused import JOINED, fused_parts
 from ar_kernels.weight import KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Container, Iterable, Mapping
 
     from ar_kernels.hf.stored import StoredLayer
 
@@ -40,6 +42,9 @@ class Part:
     parameter: str
     place: int
     places: int
+
+
+DOWN = "down_proj"
 
 
 @dataclass
@@ -117,6 +122,36 @@ def find_experts(
     return {m: found for m, found in out.items() if sources[m] & dropped}, dropped
 
 
+def find_named(
+    model: nn.Module, stored: Mapping[str, StoredLayer], known: Container[str]
+) -> dict[str, ExpertsInFiles]:
+    """Return experts packed one by one in models whose own files hold them fused, by module.
+
+    Transformers has no rule for these; their names are those of `fused_parts`.
+
+    Args:
+        model: the model, on the meta device.
+        stored: what the files hold, by the module's name in the model.
+        known: experts modules that are found already.
+    """
+    out: dict[str, ExpertsInFiles] = {}
+    for name, module in model.named_modules():
+        kinds = fused_parts(module)
+        if name in known or isinstance(kinds, str):
+            continue
+        found = ExpertsInFiles()
+        for kind, part in kinds.items():
+            together = JOINED[part.parameter]
+            for number in range(len(module.get_parameter(part.parameter))):
+                key = f"{name}.{number}.{kind}"
+                if key in stored:
+                    found.stored[key] = stored[key]
+                    found.parts[kind] = Part(part.parameter, together.index(kind), len(together))
+        if found.packed:
+            out[name] = found
+    return out
+
+
 def _same(one: str, other: str) -> bool:
     """Tell whether two names mean the same module, one perhaps without the body's prefix."""
     return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
@@ -126,14 +161,16 @@ def part_shapes(module: nn.Module, found: ExpertsInFiles, name: str) -> dict[str
     """Return (rows, columns) of every part of every expert, by its name in the model.
 
     Raises:
-        KernelError: the files lack experts, or the module holds its weights in another way.
+        KernelError: the files lack experts.
     """
-    if getattr(module, "is_transposed", False) or getattr(module, "has_bias", False):
-        msg = f"{name}: experts with transposed weights or biases are opened in 16 bit only"
-        raise KernelError(msg)
+    kinds = fused_parts(module)
+    turned = not isinstance(kinds, str) and any(part.transposed for part in kinds.values())
+    transposed = bool(getattr(module, "is_transposed", turned))
     shapes = {}
     for leaf, part in found.parts.items():
         count, rows, columns = getattr(module, part.parameter).shape
+        if transposed:
+            rows, columns = columns, rows
         for number in range(count):
             shapes[f"{name}.{number}.{leaf}"] = (rows // part.places, columns)
     lost = shapes.keys() - found.stored.keys()
@@ -153,6 +190,9 @@ def take_apart(
         found: what the files hold for it.
         make: the layer to a name.
         name: of the module in the model.
+
+    Raises:
+        KernelError: experts that are made of other parts, or compute in a way of their own.
     """
     count = 0
     for parameter in {part.parameter for part in found.parts.values()}:
@@ -163,13 +203,17 @@ def take_apart(
         for leaf in found.parts:
             expert.add_module(leaf, make(f"{name}.{number}.{leaf}"))
         module.add_module(str(number), expert)
-    up = [leaf for leaf, part in _by_place(found) if part.parameter != "down_proj"]
-    down = [leaf for leaf, part in _by_place(found) if part.parameter == "down_proj"]
+    up = [leaf for leaf, part in _by_place(found) if part.parameter != DOWN]
+    down = [leaf for leaf, part in _by_place(found) if part.parameter == DOWN]
     if len(down) != 1 or not up:
         msg = f"{name}: experts made of {', '.join(found.parts)} are not known here"
         raise KernelError(msg)
     kind: Any = type(module)
-    module.__class__ = _packed_class(kind)
+    gated = hasattr(module, "_apply_gate") or not getattr(module, "has_gate", True)
+    if not gated and not _takes_sorted(kind):
+        msg = f"{name}: how {kind.__name__} joins gate and up is not known here"
+        raise KernelError(msg)
+    module.__class__ = _packed_class(kind, _takes_sorted(kind))
     module._up, module._down = tuple(up), down[0]  # type: ignore[assignment]  # noqa: SLF001
     module._is_hf_initialized = True  # type: ignore[assignment]  # noqa: SLF001
 
@@ -178,14 +222,48 @@ def _by_place(found: ExpertsInFiles) -> Iterable[tuple[str, Part]]:
     return sorted(found.parts.items(), key=lambda item: item[1].place)
 
 
-class PackedExperts(nn.Module):
-    """Mixin for an experts class of transformers: one linear layer per part of each expert."""
+def _takes_sorted(kind: Any) -> bool:
+    """Tell whether experts are given all tokens for each of them, and nothing else."""
+    return len(inspect.signature(kind.forward).parameters) == 2  # noqa: PLR2004 - itself, tokens
+
+
+class _Packed(nn.Module):
+    """What experts with a linear layer per part have in common."""
 
     _up: tuple[str, ...]
     _down: str
     # of the class it is mixed into
     _apply_gate: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
+
+    def _inner(self, number: int, given: Tensor) -> Tensor:
+        """Return what the down projection of an expert is given, for tokens [T, I]."""
+        expert = self.get_submodule(str(number))
+        parts = [expert.get_submodule(leaf)(given) for leaf in self._up]
+        apart = len(parts) > 1 and not getattr(self, "is_concatenated", True)
+        inner = torch.stack(parts, -1).flatten(-2) if apart else torch.cat(parts, -1)
+        inner = inner + self._bias("gate_up_proj" if len(parts) > 1 else "up_proj", number)
+        if not getattr(self, "has_gate", True):
+            return self.act_fn(inner)
+        if hasattr(self, "_apply_gate"):
+            return self._apply_gate(inner)
+        gate, up = inner.chunk(2, -1)
+        return up * self.act_fn(gate)
+
+    def _outer(self, number: int, inner: Tensor) -> Tensor:
+        """Return what an expert gives, [T, I]."""
+        expert = self.get_submodule(str(number))
+        made: Tensor = expert.get_submodule(self._down)(inner)
+        return made + self._bias(DOWN, number)
+
+    def _bias(self, parameter: str, number: int) -> Tensor | float:
+        held = self._parameters.get(f"{parameter}_bias")
+        return 0.0 if held is None else held[number]
+
+
+class PackedExperts(_Packed):
+    """Mixin for an experts class of transformers: one linear layer per part of each expert."""
+
     post_expert_norm: Callable[[Tensor], Tensor]
 
     def forward(
@@ -201,15 +279,10 @@ class PackedExperts(nn.Module):
         out = torch.zeros_like(hidden_states)
         chosen = top_k_index.unique().tolist()
         for number in chosen:
-            expert = self._modules.get(str(number))
-            if expert is None:
+            if str(number) not in self._modules:
                 continue
             token, slot = torch.where(top_k_index == number)
-            given = hidden_states[token]
-            inner = torch.cat([expert.get_submodule(leaf)(given) for leaf in self._up], -1)
-            gated = getattr(self, "has_gate", True)
-            inner = self._apply_gate(inner) if gated else self.act_fn(inner)
-            made = expert.get_submodule(self._down)(inner)
+            made = self._outer(number, self._inner(number, hidden_states[token]))
             if getattr(self, "has_post_expert_norm", False):
                 made = self.post_expert_norm(made)
             made = made * top_k_weights[token, slot, None]
@@ -217,6 +290,25 @@ class PackedExperts(nn.Module):
         return out
 
 
+class PackedSortedExperts(_Packed):
+    """The same for experts that are given every token once for each of them (llama4).
+
+    Tokens that are not an expert's come as zeros, and are not computed.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the experts' outputs [E * T, I], for tokens [E * T, I] sorted by expert."""
+        count = sum(name.isdigit() for name in self._modules)
+        out = torch.zeros_like(hidden_states)
+        given = hidden_states.view(count, -1, hidden_states.shape[-1])
+        for number, (mine, made) in enumerate(zip(given, out.view_as(given), strict=True)):
+            token = mine.ne(0).any(-1).nonzero().squeeze(-1)
+            if len(token):
+                made[token] = self._outer(number, self._inner(number, mine[token])).to(out.dtype)
+        return out
+
+
 @functools.cache
-def _packed_class(kind: Any) -> Any:
-    return type(f"Packed{kind.__name__}", (PackedExperts, kind), {})
+def _packed_class(kind: Any, takes_sorted: bool) -> Any:
+    packed = PackedSortedExperts if takes_sorted else PackedExperts
+    return type(f"Packed{kind.__name__}", (packed, kind), {})

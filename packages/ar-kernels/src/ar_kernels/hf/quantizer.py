@@ -21,7 +21,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as stock
 
 from ar_kernels.backends.select import better_if_installed
-from ar_kernels.hf.experts import Conversion, find_experts, part_shapes, take_apart
+from ar_kernels.hf.experts import (
+    Conversion,
+    find_experts,
+    find_named,
+    part_shapes,
+    take_apart,
+)
 from ar_kernels.hf.load import layer_openings
 from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
 from ar_kernels.hf.understand import understand
@@ -144,6 +150,7 @@ class ArQuantizer(HfQuantizer):
         files = {} if facts is None else stored_modules(facts)
         experts, self._unfused = find_experts(files, rename.fusing)
         stored = by_model_name(files, rename)
+        experts |= find_named(model, stored, experts)
         for name, found in experts.items():
             shapes |= part_shapes(model.get_submodule(name), found, name)
             stored |= found.stored

@@ -51,6 +51,7 @@ def nearest(
     kind = data_type(spec.data_type)
     # what "round to nearest" means for scales of two levels is a search, in every quantizer
     find = kind.search if spec.super_group is not None else kind.parameters
+    weight = weight.contiguous()  # some are views of parameters that are stored turned over
     try:
         return kind.quantize(weight, spec, find(weight, spec, shared=shared))
     except KernelError as error:

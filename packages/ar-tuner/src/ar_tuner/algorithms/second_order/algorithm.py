@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from ar_tuner.algorithms.base import BlockResult
 from ar_tuner.algorithms.rtn import nearest, nearest_of
 from ar_tuner.algorithms.second_order.curvature import curvature
-from ar_tuner.algorithms.second_order.experts import expert_moments
+from ar_tuner.algorithms.second_order.experts import batched, expert_moments
 from ar_tuner.algorithms.second_order.goal import group_goals
 from ar_tuner.algorithms.second_order.knobs import Knobs
+from ar_tuner.algorithms.second_order.many import solve_many
 from ar_tuner.algorithms.second_order.sequencing import in_order
 from ar_tuner.algorithms.second_order.solve import Problem, solve
 from ar_tuner.algorithms.signround import SignRound, block_error
@@ -81,32 +82,41 @@ class SecondOrder:
         if found is None:
             return {}
         gram, wanted = found
-        return self._solved(task, [(t, g.weight) for t, g in zip(group, wanted, strict=True)], gram)
-
-    def _experts(
-        self, task: BlockTask, group: Sequence[Target], replaced: Mapping[str, Tensor]
-    ) -> dict[str, Solution]:
-        """Return the solutions of all experts of a parameter; none where nothing reaches any."""
-        out: dict[str, Solution] = {}
-        for members, gram in expert_moments(task, group, replaced):
-            goals = [(t, task.weight(t).float().contiguous()) for t in members]
-            out |= self._solved(task, goals, gram)
-        return out
-
-    def _solved(
-        self, task: BlockTask, goals: Sequence[tuple[Target, Tensor]], gram: Tensor
-    ) -> dict[str, Solution]:
-        """Return the solutions of layers that share their input, of second moment `gram`."""
         by_damping: dict[float, list[tuple[Target, Problem]]] = {}
-        for target, goal in goals:
+        for target, goal in zip(group, wanted, strict=True):
             spec = weight_spec(target)
-            problem = Problem(goal, spec, task.shared.get(target.ref.layer))
+            problem = Problem(goal.weight, spec, task.shared.get(target.ref.layer))
             by_damping.setdefault(self.knobs.damping_for(spec.bits), []).append((target, problem))
         cycles = task.settings.iters if self.knobs.cycles is None else self.knobs.cycles
         out: dict[str, Solution] = {}
         for damping, members in by_damping.items():
             solved = solve([p for _, p in members], curvature(gram, damping), cycles=cycles)
             out |= {t.ref.layer: s for (t, _), s in zip(members, solved, strict=True)}
+        return out
+
+    def _experts(
+        self, task: BlockTask, group: Sequence[Target], replaced: Mapping[str, Tensor]
+    ) -> dict[str, Solution]:
+        """Return the solutions of all experts of a parameter; none where nothing reaches any."""
+        cycles = task.settings.iters if self.knobs.cycles is None else self.knobs.cycles
+        damping = self.knobs.damping_for(weight_spec(group[0]).bits)
+        out: dict[str, Solution] = {}
+        for some in batched(expert_moments(task, group, replaced)):
+            problems = [
+                [
+                    Problem(
+                        task.weight(t).float().contiguous(),
+                        weight_spec(t),
+                        task.shared.get(t.ref.layer),
+                    )
+                    for t in members
+                ]
+                for members, _ in some
+            ]
+            curvatures = [curvature(gram, damping) for _, gram in some]
+            solved = solve_many(problems, curvatures, cycles=cycles)
+            for (members, _), found in zip(some, solved, strict=True):
+                out |= {t.ref.layer: s for t, s in zip(members, found, strict=True)}
         return out
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 ROOM = 2**30
 """Bytes of second moments that are held at a time; more experts take further passes."""
 
+TOGETHER = 2**28
+"""Bytes of second moments of the experts that are solved at once; the solver needs some more."""
+
 
 def expert_moments(
     task: BlockTask, group: Sequence[Target], replaced: Mapping[str, Tensor]
@@ -54,6 +57,20 @@ def expert_moments(
             mean = total
         for expert in chosen:
             yield members[expert], _filled(sums.get(expert), tokens.get(expert, 0), mean)
+
+
+def batched(
+    moments: Iterator[tuple[list[Target], Tensor]],
+) -> Iterator[list[tuple[list[Target], Tensor]]]:
+    """Yield experts in batches whose second moments take `TOGETHER` bytes at most."""
+    batch: list[tuple[list[Target], Tensor]] = []
+    for members, gram in moments:
+        batch.append((members, gram))
+        if (len(batch) + 1) * gram.nbytes > TOGETHER:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _filled(own: Tensor | None, tokens: int, mean: Tensor) -> Tensor:
