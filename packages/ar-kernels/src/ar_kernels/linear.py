@@ -225,6 +225,17 @@ class QuantLinear(nn.Module):
             for suffix in self._released:
                 del self._buffers[suffix]  # torch 2.13 cannot export a buffer that is None
 
+    def leave_activations(self) -> None:
+        """Compute with activations as they come from now on, whatever the scheme says.
+
+        For comparing the weight with a float layer; a checkpoint that is saved stays as it was.
+        """
+        if self.activation is None:
+            return
+        self.activation = None
+        if self.backend is not None:
+            self.prepare(self._prefer)
+
     def need(self) -> Need:
         """Return what the layer asks of a backend."""
         return Need(

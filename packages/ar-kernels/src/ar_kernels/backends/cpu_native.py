@@ -47,10 +47,14 @@ class CpuNative:
         return refuses(need.spec)
 
     def pack(self, weight: QuantizedWeight, need: Need) -> PackedWeight:  # noqa: ARG002
-        """Return the weight as one blob, and its tensor scale beside it where it has one."""
+        """Return the weight as one blob, and its tensor scale beside it where it has one.
+
+        Ranges of activations are the layer's, not the product's.
+        """
         weight = weight.to("cpu")
         blob, meta = pack(weight)
-        return PackedWeight({"blob": blob, **weight.extra}, meta)
+        beside = {name: weight.extra[name] for name in self.buffer_names(meta)[1:]}
+        return PackedWeight({"blob": blob, **beside}, meta)
 
     def unpack(self, packed: PackedWeight, need: Need) -> QuantizedWeight:
         """Return the weight; the exact inverse of `pack`."""
