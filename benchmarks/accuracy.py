@@ -152,16 +152,21 @@ def _measure(  # noqa: PLR0913
     tuned = "iters" not in options and options.get("recipe") is None
     numbers = {"nsamples": args.nsamples, "batch_size": 8, "scheme": row.scheme}
     request = {
-        "model": args.model,
-        "calibration": args.calibration,
+        "model": str(model.resolve()),
+        "calibration": str(Path(args.calibration).resolve()),
         "seqlen": args.seqlen,
         "seed": seed,
-        "out": str(out),
+        "out": str(out.resolve()),
         "format": row.format,
         "options": {**({"iters": args.iters} if tuned else {}), **numbers, **options},
     }
+    # away from this folder, whose kernels.py Transformers would take for the package of that name
     done = subprocess.run(
-        [python, "-c", program, json.dumps(request)], capture_output=True, text=True, check=False
+        [python, "-c", program, json.dumps(request)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=args.out,
     )
     found = {"model": args.model, "row": name, "tool": tool, "seed": seed}
     if done.returncode:
