@@ -224,9 +224,11 @@ def _refinement(
         request.emit(events.Note("warning", f"{name} leaves codes as they are: {fitting.reason}"))
     prepared.residence.keep = True
     names = source_names(request, prepared)
+    kinds = [r.scheme.weight for r in prepared.plan.quantized]
+    bits = min((spec.bits for spec in kinds if spec is not None), default=8)
     return Refinement(
         stage=chosen,
-        settings=fitting.apply(recipe.stage_settings(request.settings.seed)),
+        settings=fitting.apply(recipe.stage_settings(request.settings.seed, bits=bits)),
         rows=rows.stage,
         held_out=rows.held_out,
         floats={f"{k}.weight": weight_of(m).clone() for k, m in modules.items()},

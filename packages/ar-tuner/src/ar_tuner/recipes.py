@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from ar_tuner.stages import StageSettings
 
 
+COARSE = 2
+"""Bits up to which the stage takes 5/8 of the rows, not 3/8."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Numbers of one recipe.
@@ -42,9 +46,13 @@ class Recipe:
             return self.tuned_by
         return "rtn" if self.disable_opt_rtn else "opt_rtn"
 
-    def stage_settings(self, seed: int) -> StageSettings:
-        """Return the numbers of the stage: as many steps as a block has, of 5/8 of the rows."""
-        return StageSettings(self.iters, max(1, self.batch_size * 5 // 8), seed)
+    def stage_settings(self, seed: int, *, bits: int = COARSE) -> StageSettings:
+        """Return the numbers of the stage: as many steps as a block has, of a part of its rows.
+
+        `bits`: the fewest that a weight has; codes of two bits have the most to gain from rows.
+        """
+        share = 5 if bits <= COARSE else 3
+        return StageSettings(self.iters, max(1, self.batch_size * share // 8), seed)
 
 
 RECIPES: dict[str, Recipe] = {
