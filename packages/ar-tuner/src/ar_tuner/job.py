@@ -224,8 +224,7 @@ def _refinement(
         request.emit(events.Note("warning", f"{name} leaves codes as they are: {fitting.reason}"))
     prepared.residence.keep = True
     names = source_names(request, prepared)
-    kinds = [r.scheme.weight for r in prepared.plan.quantized]
-    bits = min((spec.bits for spec in kinds if spec is not None), default=8)
+    bits = min((w.bits for r in prepared.plan.quantized if (w := r.scheme.weight)), default=8)
     return Refinement(
         stage=chosen,
         settings=fitting.apply(recipe.stage_settings(request.settings.seed, bits=bits)),

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from ar_tuner.stages import StageSettings
 
-
 COARSE = 2
-"""Bits up to which the stage takes 5/8 of the rows, not 3/8."""
+"""Bits up to which the stage takes more rows."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,14 @@ class Recipe:
         return "rtn" if self.disable_opt_rtn else "opt_rtn"
 
     def stage_settings(self, seed: int, *, bits: int = COARSE) -> StageSettings:
-        """Return the numbers of the stage: as many steps as a block has, of a part of its rows.
+        """Return the numbers of the stage: about as many steps as a block has, of half its rows.
 
-        `bits`: the fewest that a weight has; codes of two bits have the most to gain from rows.
+        `bits`: the fewest that a weight has. Codes of two bits have the most to gain: they get
+        more rows. Others get no more than what SignRound's steps would take in time.
         """
-        share = 5 if bits <= COARSE else 3
-        return StageSettings(self.iters, max(1, self.batch_size * share // 8), seed)
+        if bits <= COARSE:
+            return StageSettings(self.iters, max(1, self.batch_size * 5 // 8), seed)
+        return StageSettings(max(1, self.iters * 7 // 8), max(1, self.batch_size // 2), seed)
 
 
 RECIPES: dict[str, Recipe] = {
