@@ -16,6 +16,7 @@ from ar_kernels.numerics.grouping import grouped, ungrouped
 from ar_kernels.numerics.rounding import floored, stored
 from ar_tuner.distill.latent import COARSE, MARGIN
 from ar_tuner.distill.moments import Moments
+from ar_tuner.distill.moving import StoredLeaf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,7 @@ DATA_TYPE = "int"
 
 
 @dataclass(frozen=True)
-class IntegerLatent:
+class IntegerLatent(StoredLeaf):
     """One integer weight in motion.
 
     Attributes:
@@ -80,16 +81,6 @@ class IntegerLatent:
         made = ungrouped(made, self.target.weight.shape, spec.granularity)
         return self.target.view(made).to(like.dtype).contiguous()
 
-    def leaf(self, like: Tensor) -> Tensor:
-        """Return the parameter, for a gradient to come back to."""
-        return self.stored(like).requires_grad_()
-
-    def move(self, leaf: object, step: int, *, codes: float, scales: float) -> None:
-        """Move against the gradient that came back to `leaf`; as `step`."""
-        assert isinstance(leaf, torch.Tensor)
-        if leaf.grad is not None:
-            self.step(leaf.grad, step, codes=codes, scales=scales)
-
     def quantize(self) -> QuantizedWeight:
         """Return codes and scales as they stand, ranges of activations included."""
         before = self.target.weight
@@ -119,14 +110,6 @@ class IntegerLatent:
             by_scale = groups * weight.scale.float().unsqueeze(-1)
             found = ungrouped(by_scale, weight.shape, weight.spec.granularity).mul_(inside)
             self.value_moments.move(self.value, found, step, codes)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return every tensor that moves, by name."""
-        out = {"value": self.value}
-        for name, moments in (("value", self.value_moments), ("factor", self.factor_moments)):
-            if moments is not None:
-                out |= {f"{name}.first": moments.first, f"{name}.second": moments.second}
-        return out if self.factor is None else out | {"factor": self.factor}
 
     def _codes(self) -> Tensor:
         return self.value.round().clamp_(0, 2**self.target.weight.spec.bits - 1)

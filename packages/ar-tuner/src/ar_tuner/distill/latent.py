@@ -18,6 +18,7 @@ from ar_kernels import data_type
 from ar_kernels.numerics.columns import params_of
 from ar_kernels.numerics.grouping import expand
 from ar_tuner.distill.moments import Moments
+from ar_tuner.distill.moving import StoredLeaf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ _NEARLY = 0.9
 
 
 @dataclass(frozen=True)
-class Latent:
+class Latent(StoredLeaf):
     """One weight in motion.
 
     Attributes:
@@ -89,16 +90,6 @@ class Latent:
         with torch.no_grad():
             return self.target.view(self._rounded()).to(like.dtype).contiguous()
 
-    def leaf(self, like: Tensor) -> Tensor:
-        """Return the parameter, for a gradient to come back to."""
-        return self.stored(like).requires_grad_()
-
-    def move(self, leaf: object, step: int, *, codes: float, scales: float) -> None:
-        """Move against the gradient that came back to `leaf`; as `step`."""
-        assert isinstance(leaf, torch.Tensor)
-        if leaf.grad is not None:
-            self.step(leaf.grad, step, codes=codes, scales=scales)
-
     def quantize(self) -> QuantizedWeight:
         """Return codes and scales as they stand, ranges of activations included."""
         before = self.target.weight
@@ -136,14 +127,6 @@ class Latent:
             else:
                 assert self.factor_moments is not None
                 self.factor_moments.move(leaf, found, step, scales)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return every tensor that moves, by name."""
-        out = {"value": self.value}
-        for name, moments in (("value", self.value_moments), ("factor", self.factor_moments)):
-            if moments is not None:
-                out |= {f"{name}.first": moments.first, f"{name}.second": moments.second}
-        return out if self.factor is None else out | {"factor": self.factor}
 
     def _pair(self) -> tuple[Tensor, Params]:
         """Return latent weight and parameters; a factor moves both, so that codes stay."""
