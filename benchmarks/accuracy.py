@@ -152,7 +152,7 @@ def _measure(  # noqa: PLR0913
     tuned = "iters" not in options and options.get("recipe") is None
     numbers = {"nsamples": args.nsamples, "batch_size": 8, "scheme": row.scheme}
     request = {
-        "model": str(model.resolve()),
+        "model": str(Path(args.model).resolve()),
         "calibration": str(Path(args.calibration).resolve()),
         "seqlen": args.seqlen,
         "seed": seed,
