@@ -106,7 +106,7 @@ def test_transformers_without_the_parts_we_need_still_imports() -> None:
         "arm.__globals__['_register'](True)\n"
         "print(sorted(Home.AUTO_QUANTIZER_MAPPING))"
     )
-    assert run(code) == "['auto-round', 'awq', 'compressed-tensors', 'fp8', 'gptq']"
+    assert run(code) == "['auto-round', 'awq', 'compressed-tensors', 'fp8', 'gptq', 'mxfp4']"
 
 
 def test_watching_twice_registers_once() -> None:

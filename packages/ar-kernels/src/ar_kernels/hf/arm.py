@@ -31,6 +31,7 @@ STOCK = {
     "awq": ("gptqmodel",),
     "compressed-tensors": ("compressed_tensors",),
     "fp8": ("accelerate",),
+    "mxfp4": ("accelerate", "kernels", "triton"),
 }
 """Quantization method to the packages without which transformers itself cannot load it."""
 
@@ -108,7 +109,7 @@ def _real(method: str) -> ModuleType:
 
 
 def _make_quantizer(method: str, *args: Any, **kwargs: Any) -> Any:
-    return _real(method).ArQuantizer(*args, **kwargs)
+    return _real(method).quantizer(*args, **kwargs)
 
 
 class _ConfigStandIn:

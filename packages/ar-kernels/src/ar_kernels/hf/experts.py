@@ -20,7 +20,7 @@ from ar_kernels.hf.fused import JOINED, fused_parts
 from ar_kernels.weight import KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Mapping
+    from collections.abc import Callable, Container, Mapping
 
     from ar_kernels.hf.stored import StoredLayer
 
@@ -194,32 +194,61 @@ def take_apart(
     Raises:
         KernelError: experts that are made of other parts, or compute in a way of their own.
     """
+    require_known(module, found, name)
+    count = drop_parameters(module, found)
+    furnish(module, found, [f"{name}.{number}" for number in range(count)], make)
+
+
+def require_known(module: nn.Module, found: ExpertsInFiles, name: str) -> None:
+    """Raise KernelError where it is not known how an experts module computes."""
+    up, down = _leaves(found)
+    if len(down) != 1 or not up:
+        msg = f"{name}: experts made of {', '.join(found.parts)} are not known here"
+        raise KernelError(msg)
+    gated = hasattr(module, "_apply_gate") or not getattr(module, "has_gate", True)
+    if not gated and not _takes_sorted(type(module)):
+        msg = f"{name}: how {type(module).__name__} joins gate and up is not known here"
+        raise KernelError(msg)
+
+
+def drop_parameters(module: nn.Module, found: ExpertsInFiles) -> int:
+    """Take the fused parameters from an experts module and return for how many experts they are."""
     count = 0
     for parameter in {part.parameter for part in found.parts.values()}:
         count = getattr(module, parameter).shape[0]
         delattr(module, parameter)
-    for number in range(count):
+    return count
+
+
+def furnish(
+    module: nn.Module, found: ExpertsInFiles, experts: list[str], make: Callable[[str], nn.Module]
+) -> None:
+    """Give an experts module a layer for every part of every expert, and the class to run them.
+
+    `experts` are the experts' names in the model.
+    """
+    for number, one in enumerate(experts):
         expert = nn.Module()
         for leaf in found.parts:
-            expert.add_module(leaf, make(f"{name}.{number}.{leaf}"))
+            expert.add_module(leaf, make(f"{one}.{leaf}"))
         module.add_module(str(number), expert)
-    up = [leaf for leaf, part in _by_place(found) if part.parameter != DOWN]
-    down = [leaf for leaf, part in _by_place(found) if part.parameter == DOWN]
-    if len(down) != 1 or not up:
-        msg = f"{name}: experts made of {', '.join(found.parts)} are not known here"
-        raise KernelError(msg)
+    up, down = _leaves(found)
     kind: Any = type(module)
-    gated = hasattr(module, "_apply_gate") or not getattr(module, "has_gate", True)
-    if not gated and not _takes_sorted(kind):
-        msg = f"{name}: how {kind.__name__} joins gate and up is not known here"
-        raise KernelError(msg)
     module.__class__ = _packed_class(kind, _takes_sorted(kind))
     module._up, module._down = tuple(up), down[0]  # type: ignore[assignment]  # noqa: SLF001
+    parameters = {found.parts[leaf].parameter for leaf in up}
+    together = parameters.pop() if len(parameters) == 1 else "gate_up_proj"
+    module._up_parameter = together  # type: ignore[assignment]  # noqa: SLF001
     module._is_hf_initialized = True  # type: ignore[assignment]  # noqa: SLF001
 
 
-def _by_place(found: ExpertsInFiles) -> Iterable[tuple[str, Part]]:
-    return sorted(found.parts.items(), key=lambda item: item[1].place)
+def _leaves(found: ExpertsInFiles) -> tuple[list[str], list[str]]:
+    """Return the names of what is computed first, in order, and of what comes after the gate."""
+    ranked = sorted(found.parts.items(), key=lambda item: item[1].place)
+    return (
+        [leaf for leaf, part in ranked if part.parameter != DOWN],
+        [leaf for leaf, part in ranked if part.parameter == DOWN],
+    )
 
 
 def _takes_sorted(kind: Any) -> bool:
@@ -231,6 +260,7 @@ class _Packed(nn.Module):
     """What experts with a linear layer per part have in common."""
 
     _up: tuple[str, ...]
+    _up_parameter: str
     _down: str
     # of the class it is mixed into
     _apply_gate: Callable[[Tensor], Tensor]
@@ -242,7 +272,7 @@ class _Packed(nn.Module):
         parts = [expert.get_submodule(leaf)(given) for leaf in self._up]
         apart = len(parts) > 1 and not getattr(self, "is_concatenated", True)
         inner = torch.stack(parts, -1).flatten(-2) if apart else torch.cat(parts, -1)
-        inner = inner + self._bias("gate_up_proj" if len(parts) > 1 else "up_proj", number)
+        inner = inner + self._bias(self._up_parameter, number)
         if not getattr(self, "has_gate", True):
             return self.act_fn(inner)
         if hasattr(self, "_apply_gate"):

@@ -16,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
+    FineGrainedFP8HfQuantizer,
+    Mxfp4HfQuantizer,
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as stock
@@ -29,13 +31,14 @@ from ar_kernels.hf.experts import (
     take_apart,
 )
 from ar_kernels.hf.load import layer_openings
+from ar_kernels.hf.stacked import Stack, await_tensors, find_stacks, unstack
 from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
 from ar_kernels.hf.understand import understand
 from ar_kernels.linear import QuantLinear
 from ar_kernels.registry import backend
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from ar_kernels.hf.load import Opening
 
@@ -115,12 +118,17 @@ class FineGrainedFP8Config(_AsRead, stock.FineGrainedFP8Config):
     """A config with `quant_method` fp8."""
 
 
+class Mxfp4Config(_AsRead, stock.Mxfp4Config):
+    """A config with `quant_method` mxfp4."""
+
+
 CONFIGS = {
     "auto-round": AutoRoundConfig,
     "gptq": GPTQConfig,
     "awq": AwqConfig,
     "compressed-tensors": CompressedTensorsConfig,
     "fp8": FineGrainedFP8Config,
+    "mxfp4": Mxfp4Config,
 }
 """Config class of each quantization method."""
 
@@ -130,6 +138,7 @@ class ArQuantizer(HfQuantizer):
 
     requires_calibration = True  # float models are not quantized while they are loaded
     _unfused: Collection[tuple[str, ...]] = ()
+    _stacks: Collection[tuple[Stack, Callable[[str], nn.Module]]] = ()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Read the config; anything we do not know is refused before a file is opened."""
@@ -151,7 +160,9 @@ class ArQuantizer(HfQuantizer):
         experts, self._unfused = find_experts(files, rename.fusing)
         stored = by_model_name(files, rename)
         experts |= find_named(model, stored, experts)
-        for name, found in experts.items():
+        stacks = find_stacks(model, stored)
+        apart = experts | {name: stack.found for name, stack in stacks.items()}
+        for name, found in apart.items():
             shapes |= part_shapes(model.get_submodule(name), found, name)
             stored |= found.stored
         head = model.get_output_embeddings()
@@ -167,11 +178,15 @@ class ArQuantizer(HfQuantizer):
             bias = getattr(module, "bias", None) is not None
             layer = _layer(openings[name], shapes[name], module.weight.dtype, bias=bias)
             model.set_submodule(name, layer)
-        for name, found in experts.items():
+        for name, found in apart.items():
             module = model.get_submodule(name)
             dtype = next(iter(module.parameters())).dtype
             make = functools.partial(_part, openings=openings, shapes=shapes, dtype=dtype)
-            take_apart(module, found, make, name)
+            if name in stacks:
+                await_tensors(module, stacks[name])
+                self._stacks = (*self._stacks, (stacks[name], make))
+            else:
+                take_apart(module, found, make, name)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
@@ -185,9 +200,13 @@ class ArQuantizer(HfQuantizer):
         prefer = None if wanted in _NO_CHOICE else wanted
         used: Counter[str] = Counter()
         hints: dict[str, None] = {}
+        for stack, make in self._stacks:
+            unstack(model.get_submodule(stack.name), stack, make, prefer)
+        self._stacks = ()
         for module in model.modules():
             if isinstance(module, QuantLinear) and module.device.type != "meta":
-                module.prepare(prefer)
+                if module.backend is None:
+                    module.prepare(prefer)
                 used[f"{module.backend} ({module.spec})"] += 1
                 if prefer is None and module.backend is not None:
                     better = better_if_installed(module.need(), backend(module.backend))
@@ -225,10 +244,33 @@ def _suggest(name: str, hint: str) -> None:  # noqa: ARG001 - one line per proce
     _log.warning("%s", hint)
 
 
+def quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
+    """Return our quantizer for a config, or transformers' own where it shall make a float model.
+
+    Only transformers dequantizes while it loads (`dequantize=True`) or quantizes a float model.
+    """
+    own = _OWN.get(str(getattr(config.quant_method, "value", config.quant_method)))
+    asked = not kwargs.get("pre_quantized", True) or getattr(config, "dequantize", False)
+    if own is None or not asked:
+        return ArQuantizer(config, **kwargs)
+    kind, made_by = own
+    if isinstance(config, _AsRead):
+        config = kind(**config.fields | {"dequantize": True})
+    found: HfQuantizer = made_by(config, **kwargs)
+    return found
+
+
+_OWN = {
+    "fp8": (stock.FineGrainedFP8Config, FineGrainedFP8HfQuantizer),
+    "mxfp4": (stock.Mxfp4Config, Mxfp4HfQuantizer),
+}
+"""Methods that transformers itself can dequantize on any device: config and quantizer."""
+
+
 def register(methods: Iterable[str]) -> None:
     """Make transformers load these `quant_method`s with us."""
     for method in methods:
-        AUTO_QUANTIZER_MAPPING[method] = ArQuantizer
+        AUTO_QUANTIZER_MAPPING[method] = quantizer
         AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CONFIGS[method]
 
 

@@ -8,6 +8,8 @@ from ar_kernels.hf import config as plain
 from ar_kernels.hf.compressed import CompressedPlan, parse_compressed
 from ar_kernels.hf.fp8 import METHOD as FP8
 from ar_kernels.hf.fp8 import parse_fp8
+from ar_kernels.hf.mxfp4 import METHOD as MXFP4
+from ar_kernels.hf.mxfp4 import parse_mxfp4
 from ar_kernels.weight import KernelError
 from ar_schemes import unknown_name
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from ar_kernels.hf.stored import StoredLayer
 
 COMPRESSED = "compressed-tensors"
-METHODS = (*plain.METHODS, COMPRESSED, FP8)
+METHODS = (*plain.METHODS, COMPRESSED, FP8, MXFP4)
 """Values of `quant_method` that can be opened."""
 
 
@@ -57,4 +59,6 @@ def understand(config: Mapping[str, Any]) -> Understood:
         return CompressedPlan(parse_compressed(config))
     if method == FP8:
         return parse_fp8(config)
+    if method == MXFP4:
+        return parse_mxfp4(config)
     raise KernelError(unknown_name("quant_method", method, METHODS))
