@@ -185,7 +185,7 @@ def _inner(kind: Any, depth: int) -> dict[str, Any]:
         inner: Any = spec.config_class
         if spec.optional:
             continue
-        if not dataclasses.is_dataclass(inner) or inner.__name__ == "AutoConfig":
+        if inner.__name__ == "AutoConfig" or not dataclasses.is_dataclass(inner):
             if spec.model_type is None:
                 continue
             inner = CONFIG_MAPPING[spec.model_type]
