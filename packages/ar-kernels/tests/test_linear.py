@@ -147,3 +147,34 @@ def test_it_compiles_in_one_graph() -> None:
     expected = made(x)
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_model_may_look_at_the_weight() -> None:
+    found = weight()
+    made = layer(found)
+    for prefer in (None, "reference"):
+        if prefer is not None:
+            made.prepare(prefer)
+        assert made.weight.shape == (64, 96)
+        assert made.weight.dtype is torch.float32
+        assert made.weight.device.type == "cpu"
+        assert torch.equal(made.weight + 0, found.dequantize())
+    assert made.to(torch.bfloat16).weight.dtype is torch.bfloat16
+    assert "weight" not in made.state_dict()
+
+
+def test_a_model_may_multiply_by_the_weight_and_differentiate() -> None:
+    made, x = layer(weight()), torch.randn(3, 96, requires_grad=True)
+    out = torch.nn.functional.linear(x, made.weight)
+    torch.testing.assert_close(out, made(x))
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(grad, made.quantized().dequantize().sum(0).expand(3, 96))
+
+
+def test_the_weight_of_an_empty_layer_is_asked_for_nothing() -> None:
+    spec = weight().spec
+    made = QuantLinear(
+        spec, 64, 96, layout="gptq_v2", bias=False, dtype=torch.float16, device="meta"
+    )
+    assert made.weight.device.type == "meta"
+    assert (made.weight * 2).shape == (64, 96)

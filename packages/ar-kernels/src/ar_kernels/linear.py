@@ -21,6 +21,7 @@ from ar_kernels.layer_tensors import (
     ready_name,
 )
 from ar_kernels.layouts.base import TensorFact, optional_of
+from ar_kernels.lazy_weight import LazyWeight
 from ar_kernels.numerics.activation import refuses_activation
 from ar_kernels.weight import CHANNEL_ORDER, KernelError
 
@@ -271,9 +272,11 @@ class QuantLinear(nn.Module):
         )
 
     def __getattr__(self, name: str) -> Any:
-        """Return a tensor of the checkpoint also after it was let go."""
+        """Return a tensor of the checkpoint also after it was let go, and a float weight."""
         if name in self.__dict__.get("_released", ()):
             return self._remade()[name]
+        if name == "weight" and name not in self.__dict__.get("_facts", (name,)):
+            return LazyWeight(self)
         return super().__getattr__(name)
 
     def _acts(self) -> str:

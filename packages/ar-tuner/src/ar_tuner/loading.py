@@ -175,17 +175,30 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _auto_class(config: Any) -> Any:
-    """Return the Auto class that builds the model with its output head."""
+    """Return the Auto class that builds the model with its output head.
+
+    Some types have several models: the one that the configuration names is taken, else, where it
+    sees or hears, the one that does.
+    """
     import transformers
 
-    kinds = [transformers.AutoModelForCausalLM]
-    multimodal = getattr(transformers, "AutoModelForImageTextToText", None)
-    if multimodal is not None and getattr(config, "vision_config", None) is not None:
-        kinds.insert(0, multimodal)
-    for kind in kinds:
-        if type(config) in kind._model_mapping or getattr(config, "auto_map", None):  # noqa: SLF001
-            return kind
-    return transformers.AutoModelForCausalLM
+    names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    kinds = [kind for name in names if (kind := getattr(transformers, name, None)) is not None]
+    remote = getattr(config, "auto_map", None) or {}
+    wanted = set(getattr(config, "architectures", None) or ())
+    fitting = [k for k in kinds if _class_names(k, config) or k.__name__ in remote]
+    named = [k for k in fitting if _class_names(k, config) & wanted]
+    if getattr(config, "vision_config", None) is not None:
+        fitting.reverse()
+    return next(iter(named or fitting), transformers.AutoModelForCausalLM)
+
+
+def _class_names(kind: Any, config: Any) -> set[str]:
+    """Return the names of the models that an Auto class has for a configuration."""
+    if type(config) not in kind._model_mapping:  # noqa: SLF001
+        return set()
+    found = kind._model_mapping[type(config)]  # noqa: SLF001
+    return {c.__name__ for c in (found if isinstance(found, (tuple, list)) else (found,))}
 
 
 def _download(name: str) -> Path:

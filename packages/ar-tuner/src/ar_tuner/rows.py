@@ -125,7 +125,7 @@ class RowBank:
         first = self.calls[where[0][0]]
         if not self.joinable or self._whole(where):
             move = to(self.device)
-            return _rebuild((first.args, first.kwargs), (), lambda _, leaf: move(leaf))
+            return rebuilt((first.args, first.kwargs), (), lambda _, leaf: move(leaf))
         leaves = {
             c: dict(leaves_of((self.calls[c].args, self.calls[c].kwargs)))
             for c in {c for c, _ in where}
@@ -136,7 +136,7 @@ class RowBank:
                 return to(self.device)(leaf)
             return to(self.device)(torch.stack([leaves[c][path][r] for c, r in where]))
 
-        return _rebuild((first.args, first.kwargs), (), choose)
+        return rebuilt((first.args, first.kwargs), (), choose)
 
     def _whole(self, where: list[tuple[int, int]]) -> bool:
         call = where[0][0]
@@ -194,13 +194,14 @@ def leaves_of(tree: object, path: Path = ()) -> list[tuple[Path, Tensor]]:
     return []
 
 
-def _rebuild(tree: Any, path: Path, choose: Callable[[Path, Tensor], Tensor]) -> Any:
+def rebuilt(tree: Any, path: Path, choose: Callable[[Path, Tensor], Tensor]) -> Any:
+    """Return a tree of new containers with every tensor in it as `choose` makes it of it."""
     if isinstance(tree, Tensor):
         return choose(path, tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_rebuild(v, (*path, i), choose) for i, v in enumerate(tree)))
+        return type(tree)(*(rebuilt(v, (*path, i), choose) for i, v in enumerate(tree)))
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_rebuild(v, (*path, i), choose) for i, v in enumerate(tree))
+        return type(tree)(rebuilt(v, (*path, i), choose) for i, v in enumerate(tree))
     if isinstance(tree, (dict, UserDict)):
-        return type(tree)({k: _rebuild(v, (*path, k), choose) for k, v in tree.items()})
+        return type(tree)({k: rebuilt(v, (*path, k), choose) for k, v in tree.items()})
     return tree

@@ -17,6 +17,7 @@ from ar_tuner.errors import TunerError
 from ar_tuner.folding import Folding, apply, fold
 from ar_tuner.fused import shared_values
 from ar_tuner.guard import guarded
+from ar_tuner.reach import remark, unreached
 from ar_tuner.rows import RowBank, rows_of
 from ar_tuner.walk import hidden
 from ar_tuner.window import Window, joint_call, shifted
@@ -74,6 +75,8 @@ def quantize_span(
         task = dataclasses.replace(
             task, ranges=head_ranges(task) if is_head else collect_ranges(task)
         )
+        if not is_head:
+            _tell_unreached(job, task)
     algorithm, steps = job.algorithm, task.settings.block_steps
     algorithm = Tuned(algorithm, steps) if steps and material is not None else algorithm
     result = _head(job, task) if is_head else guarded(algorithm, task, errors, job.note)
@@ -145,6 +148,15 @@ def _rows(
         pairs = zip(material.passages, calls, strict=True)
         calls = [joint_call(passage, first) for passage, first in pairs]
     return RowBank.of(calls, [o.shape[0] for o in outputs], device=device), rows_of(outputs)
+
+
+def _tell_unreached(job: Job, task: BlockTask) -> None:
+    """Say which layers the calibration data does not reach."""
+    assert task.inputs is not None
+    args, kwargs = task.inputs.take(task.inputs.chunks(1, 1)[0])
+    found = unreached(task.block, [target.ref for target in task.targets], args, kwargs)
+    if found:
+        job.note("warning", remark(task.name, found))
 
 
 def _head(job: Job, task: BlockTask) -> BlockResult:
