@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
+from ar_tuner.others import joined
 from ar_vlm import Inputs, Message, Sample, VlmError, load_processor, read_samples
 from ar_vlm.inputs import processors
-from ar_vlm.inputs.build import joined
 from ar_vlm.inputs.expand import Pair
 from ar_vlm.inputs.text import rendered
 from ar_vlm.testing import FAMILIES, draw_picture

@@ -1,6 +1,6 @@
 """What a vision-language model needs on top of ar-tuner."""
 
-from ar_vlm.adapter import TextDecoderAdapter
+from ar_vlm.adapter import VisionLanguageAdapter
 from ar_vlm.errors import VlmError
 from ar_vlm.inputs import Inputs, load_processor
 from ar_vlm.samples import Message, Picture, Sample, read_samples
@@ -12,7 +12,7 @@ __all__ = [
     "Message",
     "Picture",
     "Sample",
-    "TextDecoderAdapter",
+    "VisionLanguageAdapter",
     "VlmError",
     "load_processor",
     "read_samples",

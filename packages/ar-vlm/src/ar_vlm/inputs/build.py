@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from ar_tuner.others import joined
 from ar_vlm.errors import VlmError
 from ar_vlm.inputs.processors import load_processor
 from ar_vlm.inputs.text import Way, rendered
@@ -177,15 +178,3 @@ class Inputs:
         if tokenizer is not None:
             known += [tokenizer.convert_tokens_to_ids(n) for n in names if isinstance(n, str)]
         return sorted({i for i in known if isinstance(i, int)})
-
-
-def joined(parts: Sequence[Batch], *, size: int) -> Iterator[Batch]:
-    """Yield inputs of equal keys, shapes and types as batches of at most `size`."""
-    groups: dict[tuple[Any, ...], list[Batch]] = {}
-    for part in parts:
-        shape = tuple((k, tuple(v.shape), v.dtype) for k, v in sorted(part.items()))
-        groups.setdefault(shape, []).append(part)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            some = group[start : start + size]
-            yield {k: torch.cat([part[k] for part in some]) for k in some[0]}
