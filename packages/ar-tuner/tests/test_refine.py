@@ -226,7 +226,7 @@ def test_no_document_is_on_both_sides() -> None:
     assert len(found.walk) == 10
     assert len(found.held_out) >= 1
     assert set(found.walk[:, 0].tolist()).isdisjoint(found.stage[:, 0].tolist())
-    assert len(found.all) == len(found.walk) + len(found.stage) + len(found.held_out)
+    assert len(found.all[0]) == len(found.walk) + len(found.stage) + len(found.held_out)
 
 
 def test_a_stage_without_rows_of_its_own_learns_from_those_of_the_blocks() -> None:
@@ -244,7 +244,7 @@ def test_the_end_of_a_single_document_is_held_out() -> None:
 
 def test_rows_that_are_wanted_cover_blocks_stage_and_judge() -> None:
     assert wanted_rows(128, StageSettings(200, 4)) == 128 + 800 + refine.HELD_OUT
-    assert Rows(torch.ones(3, 2)).all.shape == (3, 2)
+    assert [t.shape for t in Rows(torch.ones(3, 2)).all] == [(3, 2)]
 
 
 def test_too_few_rows_leave_the_stage_out_and_say_so(model, many) -> None:

@@ -100,14 +100,55 @@ def test_any_rows_of_any_calls_make_a_minibatch() -> None:
     assert torch.equal(whole[0], values[0])
 
 
-def test_calls_of_different_shapes_are_drawn_whole() -> None:
+def test_calls_of_different_shapes_are_drawn_apart() -> None:
     bank = RowBank.of([call(torch.ones(2, 3)), call(torch.ones(2, 5))], [2, 2])
     assert not bank.joinable
     assert bank.chunks(3, 8) == [[0, 1], [2, 3]]
+    draw = bank.minibatches(8, torch.Generator().manual_seed(0))
+    assert sorted(sorted(rows) for rows in [draw(), draw()]) == [[0, 1], [2, 3]]
     draw = bank.minibatches(1, torch.Generator().manual_seed(0))
-    assert sorted([draw(), draw()]) == [[0, 1], [2, 3]]
+    assert sorted(draw() for _ in range(4)) == [[0], [1], [2], [3]]
     args, _ = bank.take([2, 3])
     assert args[0].shape == (2, 5)
+
+
+def test_calls_of_equal_shapes_make_groups_among_others() -> None:
+    values = [torch.full((2, 3), 1.0), torch.full((1, 5), 2.0), torch.full((2, 3), 3.0)]
+    bank = RowBank.of([call(v) for v in values], [2, 1, 2])
+    assert [group.calls for group in bank.groups] == [(0, 2), (1,)]
+    assert bank.chunks(5, 3) == [[0, 1, 3], [2], [4]]
+    assert bank.chunks(2, 3) == [[0, 1, 3]]
+    assert bank.held_out(1, 3) == [[4]]
+    args, _ = bank.take([4, 0])
+    assert args[0][:, 0].tolist() == [3.0, 1.0]
+    draw = bank.minibatches(2, torch.Generator().manual_seed(0), without=frozenset([4]))
+    epoch = [draw() for _ in range(3)]
+    assert sorted(sum(epoch, [])) == [0, 1, 2, 3]
+    assert all(len({bank.take([r])[0][0].shape for r in rows}) == 1 for rows in epoch)
+
+
+def test_calls_that_share_different_states_are_drawn_whole() -> None:
+    shared = [torch.zeros(5), torch.ones(5)]
+    calls = [Call(0, (torch.ones(2, 3),), {"state": state}) for state in shared]
+    bank = RowBank.of(calls, [2, 2])
+    draw = bank.minibatches(1, torch.Generator().manual_seed(0))
+    assert sorted([draw(), draw()]) == [[0, 1], [2, 3]]
+
+
+def test_positions_in_time_height_and_width_are_taken_along_their_second_axis() -> None:
+    tables = torch.arange(3 * 8 * 4.0).view(3, 8, 4)
+    states = torch.arange(8.0).view(8, 1)
+    calls = [Call(0, (states[i : i + 4],), {"rope": (tables[:, i : i + 4],)}) for i in (0, 4)]
+    args, kwargs = RowBank.of(calls, [4, 4]).take([6, 1])
+    assert args[0].flatten().tolist() == [6.0, 1.0]
+    assert torch.equal(kwargs["rope"][0], tables[:, [6, 1]])
+
+
+def test_a_row_may_be_an_output_of_any_shape() -> None:
+    calls = [Call(0, (torch.ones(n, 4),), {"ends": torch.tensor([0, n])}) for n in (6, 9, 6)]
+    bank = RowBank.of(calls, [1, 1, 1])
+    assert bank.chunks(3, 8) == [[0], [1], [2]]
+    assert bank.take([1])[0][0].shape == (9, 4)
 
 
 def test_minibatches_are_an_epoch_without_repetition_and_depend_on_the_seed() -> None:

@@ -10,7 +10,7 @@ import transformers
 
 from ar_tuner import AutoRound
 from ar_tuner.registry import host
-from ar_vlm import TextDecoderAdapter, VlmError, plugin
+from ar_vlm import VisionLanguageAdapter, VlmError, plugin
 from ar_vlm.adapter import NEEDS_IMAGES, sees, silent_blocks
 
 TEXT = {
@@ -191,7 +191,7 @@ def test_tuning_hurts_the_answers_less_than_rounding(make) -> None:
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda m: m.__name__)
 def test_hook_ar_find_adapter_answers_for_models_that_see(make) -> None:
-    assert isinstance(plugin.ar_find_adapter(build(make).config), TextDecoderAdapter)
+    assert isinstance(plugin.ar_find_adapter(build(make).config), VisionLanguageAdapter)
 
 
 @pytest.mark.parametrize("config", [None, transformers.LlamaConfig(**TEXT)], ids=["none", "text"])
@@ -211,9 +211,11 @@ def test_blocks_that_attend_to_images_stay_with_the_reason() -> None:
 
 def test_layers_that_look_say_why_they_stay() -> None:
     model = build(llava)
-    adapter = TextDecoderAdapter()
+    adapter = VisionLanguageAdapter()
     layer = model.get_submodule("model.multi_modal_projector.linear_1")
-    assert "text only" in str(adapter.keep("model.multi_modal_projector.linear_1", layer))
+    assert "quant_nontext_module is off" in str(
+        adapter.keep("model.multi_modal_projector.linear_1", layer)
+    )
     text = model.get_submodule("model.language_model.layers.0.mlp.up_proj")
     assert adapter.keep("model.language_model.layers.0.mlp.up_proj", text) is None
 

@@ -13,16 +13,17 @@ from ar_tuner import events
 from ar_tuner.algorithms.opt_rtn import gains
 from ar_tuner.auto_scheme.choose import Chooser, Subject
 from ar_tuner.auto_scheme.front import plan_file, write_json
-from ar_tuner.auto_scheme.request import AutoScheme
+from ar_tuner.auto_scheme.request import AutoScheme, check_options
 from ar_tuner.auto_scheme.rows import scoring_rows
 from ar_tuner.auto_scheme.terrain import Sizer, Terrain, float_facts, terrain
 from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.compiling import Compiled, plain, refusal
 from ar_tuner.devices import CPU, Machine, default, parse, place
 from ar_tuner.errors import TunerError
+from ar_tuner.imagery import adapter_for
 from ar_tuner.names import strangers
 from ar_tuner.plans import check_computable, with_scale_dtype
-from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format, stage
+from ar_tuner.registry import adjust_plan, algorithm, host, implied_scheme, stage
 from ar_tuner.residence import Kept
 from ar_tuner.settings import make_settings
 from ar_tuner.sink import parse_formats
@@ -69,7 +70,10 @@ class AutoRound:
             (`gguf:q4_k_m`), else W4A16. An `AutoScheme` chooses one for each layer.
         dataset: calibration data: None (an embedded text), a .txt/.json/.jsonl/.parquet file or a
             directory of them, named sets and combinations (`a.json:num=64,pile-10k`), a list of
-            strings, records or token tensors, a DataLoader. See docs/calibration.md.
+            strings, records or token tensors, a DataLoader. See docs/calibration.md. With ar-vlm,
+            samples with images among them.
+        processor: takes text and images, for a loaded model that sees (or a function from a
+            sample to model inputs); None: that of the directory.
         on_event: called with every event of the run.
         **options: fields of `ar_tuner.settings.Settings`.
 
@@ -84,6 +88,7 @@ class AutoRound:
         scheme: str | Scheme | Mapping[str, Any] | AutoScheme | None = None,
         *,
         dataset: Any = None,
+        processor: Any = None,
         on_event: Callable[[RunEvent], None] | None = None,
         **options: Any,
     ) -> None:
@@ -93,6 +98,7 @@ class AutoRound:
         self._formats: tuple[str, ...] = ()
         self.scheme = self._scheme()
         self.dataset = dataset
+        self.processor = processor
         self._check_dataset()
         self.source = Path(model) if isinstance(model, (str, Path)) else None
         self.given = None if isinstance(model, (str, Path)) else model
@@ -110,7 +116,7 @@ class AutoRound:
             self.devices = default(machine) if self.devices.nothing else self.devices
         self.chooser: Chooser | None = None
         if isinstance(scheme, AutoScheme):
-            self._check_options()
+            check_options(self.settings)
             self.chooser = Chooser(scheme, source=self.source, emit=self.emit)
 
     def plan(self) -> LayerPlan:
@@ -303,7 +309,7 @@ class AutoRound:
     def _describe(
         self, model: nn.Module
     ) -> tuple[ModelAdapter, Discovery, list[LayerInfo], LayerPlan]:
-        adapter = find_adapter(getattr(model, "config", None))
+        adapter = adapter_for(self, model)
         wiring = None if self.source is None else self.blueprint().wiring
         discovery = find_blocks(model, adapter, paths=self.settings.block_paths, wiring=wiring)
         layers = list(layers_of(model, discovery, adapter))
@@ -371,27 +377,12 @@ class AutoRound:
         nsamples = recipe.nsamples if recipe.iters else None
         check_dataset(self.dataset, nsamples=nsamples, allow_download=self.settings.allow_download)
 
-    def _check_options(self) -> None:
-        own = ("bits", "group_size", "sym")
-        if given := [n for n in own if getattr(self.settings, n) is not None]:
-            msg = (
-                f"{', '.join(given)} belong to one scheme, and an AutoScheme has several: give its "
-                "options these numbers, such as W4A16G64 or {'bits': 4, 'sym': False}"
-            )
-            raise TunerError(msg)
-
     def _scheme(self) -> Scheme:
         which = self._asked
         if isinstance(which, AutoScheme):  # until something is chosen
             return next(iter(which.schemes.values()))
         if which is None:
-            implied = {f: scheme_for_format(f) for f in self._formats}
-            names = sorted({name for name in implied.values() if name is not None})
-            if len(names) > 1:
-                pairs = ", ".join(f"{f} implies {n}" for f, n in implied.items() if n is not None)
-                msg = f"these formats cannot come from one run: {pairs}. Run them one by one."
-                raise TunerError(msg)
-            which = names[0] if names else "W4A16"
+            which = implied_scheme(self._formats)
         overrides = {
             "bits": self.settings.bits,
             "group_size": self.settings.group_size,

@@ -83,7 +83,14 @@ def find_blocks(
         if not isinstance(holder, nn.ModuleList):
             raise TunerError(_no_list(model, path))
         blocks += [Block(f"{path}.{i}", m) for i, m in enumerate(holder) if m is not None]
+    blocks += [Block(name, model.get_submodule(name)) for name in _further(model, adapter, chosen)]
     return Discovery(lists=tuple(chosen), blocks=tuple(_with_experts(model, blocks, wiring)))
+
+
+def _further(model: nn.Module, adapter: ModelAdapter, chosen: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the modules outside of the text decoder that an adapter wants tuned, too."""
+    find = getattr(adapter, "further_blocks", None)
+    return () if find is None else tuple(find(model, chosen))
 
 
 def _with_experts(model: nn.Module, blocks: list[Block], wiring: Wiring | None) -> list[Block]:

@@ -11,12 +11,15 @@ from ar_tuner import events
 from ar_tuner.blocks import Block, weight_of
 from ar_tuner.determinism import deterministic
 from ar_tuner.errors import TunerError
+from ar_tuner.exact import weight_finder
 from ar_tuner.folding.store import foldable, gains_of, keep_block, loader
 from ar_tuner.leftovers import install_outside, keep_choice, source_names, unreached, untouched
 from ar_tuner.logits import tail_of
+from ar_tuner.others import fitted
 from ar_tuner.pipeline import Job, needs_inputs, quantize_blocks, wants_float_inputs
 from ar_tuner.progress import Eta, peak_bytes
 from ar_tuner.refine import (
+    Others,
     Refinement,
     copy_floats,
     fit,
@@ -113,7 +116,7 @@ def quantize_to_directory(
             written = sink.commit()
             final = written[0] if len(written) == 1 else output
             if check is not None:
-                find = _weight_finder(request, prepared, job, run, outside)
+                find = weight_finder(request, prepared, job, run, outside)
                 with on_call(prepared.residence, [b.module for b in prepared.discovery.blocks]):
                     for path in written:
                         check(path, find, prepared.model)
@@ -230,6 +233,10 @@ def _refinement(
         settings=fitting.apply(recipe.stage_settings(request.settings.seed, bits=bits)),
         rows=rows.stage,
         held_out=rows.held_out,
+        others=Others(
+            stage=fitted(rows.others.stage, prepared.model, _home(prepared)),
+            held_out=fitted(rows.others.held_out, prepared.model, _home(prepared)),
+        ),
         floats={f"{k}.weight": weight_of(m).clone() for k, m in modules.items()},
         gains=tuple(n for n in norm_gains(prepared.model) if n in names),
     )
@@ -336,8 +343,8 @@ def _job(
     recipe = request.settings.chosen
     chosen = request.algorithm()
     tuned, held = recipe.iters > 0, request.settings.validation_rows
-    if rows is not None and held >= len(rows.walk):
-        raise TunerError(none_left(held, len(rows.walk)))
+    if rows is not None and held >= rows.count:
+        raise TunerError(none_left(held, rows.count))
     chained = request.settings.enable_quanted_input and not wants_float_inputs(chosen)
     return Job(
         model=prepared.model,
@@ -362,6 +369,7 @@ def _job(
         head=_head(prepared) if rows is not None else None,
         tail=tail_of(getattr(prepared.model, "config", None)),
         forward=request.forward(),
+        others=() if rows is None else fitted(rows.others.walk, prepared.model, _home(prepared)),
     )
 
 
@@ -375,26 +383,3 @@ def _head(prepared: Prepared) -> Block | None:
 def _home(prepared: Prepared) -> Any:
     found = prepared.residence.placement.home
     return next(prepared.model.parameters()).device if found is None else found
-
-
-def _weight_finder(
-    request: AutoRound, prepared: Prepared, job: Job, run: Run, outside: Weights
-) -> Callable[[str], QuantizedWeight]:
-    """Return a function from a layer's name in the files to its exact weight."""
-    names = {
-        source.removesuffix(".weight"): model.removesuffix(".weight")
-        for model, source in source_names(request, prepared).items()
-    }
-    index_of = {b.name: i for i, b in enumerate(job.blocks)}
-    refined = run.load_block(len(job.blocks))[0] if len(job.blocks) in run.finished else {}
-
-    def find(layer: str) -> QuantizedWeight:
-        layer = names.get(layer, layer)
-        if layer in outside:
-            return outside[layer]
-        if layer in refined:
-            return refined[layer]
-        block = prepared.plan[layer].layer.block
-        return run.load_block(index_of[layer if block is None else block])[0][layer]
-
-    return find

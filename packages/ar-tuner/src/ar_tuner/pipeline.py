@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections import Counter
@@ -12,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from ar_tuner.activations import is_static, quantized_activations, static_ranges
 from ar_tuner.algorithms.base import BlockResult, Target, TuneSettings
 from ar_tuner.algorithms.importance import metered
+from ar_tuner.algorithms.rtn import Rtn
 from ar_tuner.blocks import weights_of
 from ar_tuner.carry import Route
 from ar_tuner.compiling import Forward, plain
-from ar_tuner.errors import TunerError
 from ar_tuner.memory import trim
+from ar_tuner.orders import check_called, check_left, check_ordered, uncalled
+from ar_tuner.others import interleaved, joined, samples_of
 from ar_tuner.parts import WeightRef, replacements
+from ar_tuner.reach import unreached_by
 from ar_tuner.routed import Routed, counting
 from ar_tuner.sensitivity import token_weights
 from ar_tuner.spans import Material, quantize_span
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from ar_tuner.algorithms.base import Algorithm
     from ar_tuner.blocks import Block, Discovery
     from ar_tuner.events import Level
+    from ar_tuner.others import Inputs
     from ar_tuner.residence import Residence
 
 
@@ -44,6 +49,7 @@ class Job:
 
     Attributes:
         rows: calibration tokens [N, T]; None for algorithms that need none.
+        others: samples of one row that hold more than tokens (images).
         chain_batch: rows per forward of the walk.
         quantized_inputs: blocks are tuned on what the quantized blocks before them give.
         finished: what became of a block that an earlier, interrupted run has finished.
@@ -84,6 +90,30 @@ class Job:
     head: Block | None = None
     tail: Callable[[Tensor], Tensor] = lambda logits: logits
     forward: Forward = plain
+    others: tuple[Inputs, ...] = ()
+
+    def as_given(self, inputs: Inputs) -> Mapping[str, object]:
+        """Return a sample's inputs as arguments of the model's forward."""
+        return {**inputs, "use_cache": False}
+
+    def batches(self) -> list[Mapping[str, object]]:
+        """Return what goes through the model, one forward each: rows, among them the others."""
+        assert self.rows is not None
+        texts = self.rows.split(self.chain_batch) if len(self.rows) else ()
+        plain = [self.adapter.inputs(self.model, rows) for rows in texts]
+        parts = joined(self.others, size=self.settings.batch_size)
+        return interleaved(plain, [self.as_given(part) for part in parts])
+
+    def examples(self) -> list[Mapping[str, object]]:
+        """Return one sample of every kind, the richest last."""
+        assert self.rows is not None
+        kinds: dict[tuple[str, ...], Inputs] = {}
+        for inputs in self.others:
+            known = kinds.setdefault(tuple(sorted(inputs)), inputs)
+            if inputs["input_ids"].shape[1] > known["input_ids"].shape[1]:
+                kinds[tuple(sorted(inputs))] = inputs
+        text = [self.adapter.inputs(self.model, self.rows[:1])] if len(self.rows) else []
+        return text + [self.as_given(kinds[key]) for key in sorted(kinds, key=len)]
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -153,15 +183,19 @@ def quantize_blocks(job: Job) -> Iterator[BlockOutcome]:
     if job.foldable is not None or needs_inputs(job.algorithm, job.plan):
         yield from _walk(job)
         return
-    for index, block in enumerate(job.blocks):
-        began = time.perf_counter()
-        job.enter(index)
-        job.entered(index)
-        results, restored = quantize_span(job, (index,), None, [])
-        install(block.module, _replacements(job, block, results[index].weights))
-        seconds = time.perf_counter() - began
-        yield BlockOutcome(index, block.name, results[index], seconds, restored)
+    for index in range(len(job.blocks)):
+        yield _blind(job, index)
         job.part(index)
+
+
+def _blind(job: Job, index: int) -> BlockOutcome:
+    """Quantize a block without inputs."""
+    began, block = time.perf_counter(), job.blocks[index]
+    job.enter(index)
+    job.entered(index)
+    results, restored = quantize_span(job, (index,), None, [])
+    install(block.module, _replacements(job, block, results[index].weights))
+    return BlockOutcome(index, block.name, results[index], time.perf_counter() - began, restored)
 
 
 def needs_inputs(algorithm: Algorithm, plan: LayerPlan) -> bool:
@@ -179,7 +213,8 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
     blocks = job.blocks
     modules = [b.module for b in blocks]
     entry = job.adapter.entry(job.model)
-    batches = [job.adapter.inputs(job.model, rows) for rows in job.rows.split(job.chain_batch)]
+    batches = job.batches()
+    samples = [samples_of(batch) for batch in batches]
     spans = _spans(job, entry, modules)
     left = Counter(index for span in spans for index in span)
     done: dict[int, BlockResult] = {}
@@ -188,7 +223,9 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
     weights = token_weights(job) if job.weigh_tokens else None
     with suspended(entry, modules, batches * (2 if job.quantized_inputs else 1)) as frames:
         for position, span in enumerate(spans):
-            floats = [f for f in frames[: len(batches)] if _stands_at(f, span[0])]
+            check_left(job, frames, left)
+            here = [i for i, f in enumerate(frames[: len(batches)]) if _stands_at(f, span[0])]
+            floats = [frames[i] for i in here]
             quants = [f for f in frames[len(batches) :] if _stands_at(f, span[0])]
             if not floats:
                 continue
@@ -204,7 +241,7 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
                         job.routed(index, found)
                 firsts = [f.call for f in quants or floats if f.call is not None]
                 counted = None if weights is None else weights[min(span[-1], len(weights) - 1)]
-                material = Material(firsts, passages, energy, counted)
+                material = Material(firsts, passages, energy, counted, [samples[i] for i in here])
                 results, restored = quantize_span(job, span, material, errors)
                 del firsts, material
                 for index in span:  # folded, where it is to be
@@ -229,17 +266,26 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
                     yield BlockOutcome(index, name, result, seconds, restored)
                 if left[index] == 0:
                     job.part(index)
+    for index in uncalled(job, left):
+        text = f"no sample comes by {blocks[index].name}, so it is rounded to nearest"
+        job.note("warning", text)
+        yield _blind(dataclasses.replace(job, algorithm=Rtn()), index)
+        job.part(index)
 
 
 def _spans(job: Job, entry: nn.Module, modules: Sequence[nn.Module]) -> list[tuple[int, ...]]:
     """Return the blocks in the windows they are tuned in, as one forward calls them."""
-    assert job.rows is not None
-    row = job.adapter.inputs(job.model, job.rows[:1])
-    order = trace_calls(entry, modules, row, run=job.visit)
-    _check_called(job, order)
+    examples = job.examples()
+    judge = getattr(job.adapter, "check_reached", None)
+    if judge is not None and not job.others:
+        judge(unreached_by(job, examples[0]), job.note)
+    orders = [trace_calls(entry, modules, example, run=job.visit) for example in examples]
+    order = orders[-1]
+    check_ordered(job, orders)
+    check_called(job, order)
     lists = [f"{b.name.rpartition('.')[0]} {job.route(i).there}" for i, b in enumerate(job.blocks)]
     spans = windows(order, lists, job.window)
-    check_chained(entry, modules, spans, row, run=job.visit)
+    check_chained(entry, modules, spans, examples[-1], run=job.visit)
     return spans
 
 
@@ -322,21 +368,3 @@ def install(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put dequantized weights in the place of the float ones."""
     for name, value in weights.items():
         block.get_parameter(name).data = value.detach().contiguous()
-
-
-def _check_called(job: Job, order: list[int]) -> None:
-    called = set(order)
-    missed = [b.name for i, b in enumerate(job.blocks) if i not in called and job.targets(b)]
-    if missed:
-        msg = (
-            f"{len(missed)} blocks are never run on text and cannot be tuned: "
-            f"{', '.join(missed[:8])}. Leave them out with ignore_layers, or use recipe 'rtn'."
-        )
-        raise TunerError(msg)
-    head = len(job.discovery.blocks)
-    if job.head is not None and (order[-1] != head or order.count(head) > 1):
-        msg = (
-            f"the output head {job.head.name} is not run once, after all blocks, so it cannot be "
-            "tuned with them. Leave it in 16 bits (quant_lm_head off), or use recipe 'rtn'."
-        )
-        raise TunerError(msg)

@@ -7,12 +7,13 @@ decide without a gradient (indexers). Nothing can be tuned there, which a user s
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ar_tuner.rows import rebuilt
-from ar_tuner.walk import hidden
+from ar_tuner.walk import hidden, trace_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ar_tuner.parts import WeightRef
+    from ar_tuner.pipeline import Job
+    from ar_tuner.walk import Call
 
 _NAMED = 6
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def unreached(
@@ -43,6 +47,36 @@ def unreached(
     others = {ref.parameter for ref in refs if ref.module not in felt}
     felt_too = _felt_by_weights(block, others, args, kwargs) if others else set()
     return tuple(r for r in refs if r.module not in felt and r.parameter not in felt_too)
+
+
+def unreached_by(job: Job, example: Mapping[str, object]) -> list[str]:
+    """Return the layers that the plan quantizes and that a sample gives no gradient.
+
+    Of blocks that are not called all; of experts those of which no sibling has one either.
+
+    Args:
+        job: the walk to come; its blocks are brought into memory one by one.
+        example: arguments of the model's forward.
+    """
+    reached: dict[str, bool] = {}
+    for block in job.discovery.blocks:
+        for target in job.targets(block):
+            reached.setdefault(_EXPERT.sub(".experts.*.", target.ref.layer), False)
+
+    def visit(call: Call) -> object:
+        job.enter(call.index)
+        if call.index < len(job.discovery.blocks):
+            block = job.blocks[call.index]
+            refs = [t.ref for t in job.targets(block)]
+            missed = {r.layer for r in unreached(block.module, refs, call.args, call.kwargs)}
+            for ref in refs:
+                if ref.layer not in missed:
+                    reached[_EXPERT.sub(".experts.*.", ref.layer)] = True
+        return job.visit(call)
+
+    modules = [block.module for block in job.blocks]
+    trace_calls(job.adapter.entry(job.model), modules, example, run=visit)
+    return [layer for layer, is_reached in reached.items() if not is_reached]
 
 
 def remark(name: str, refs: Sequence[WeightRef]) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan
+    from ar_tuner.others import Inputs
     from ar_tuner.pipeline import Job
     from ar_tuner.run import Run
     from ar_tuner.stages import Stage
@@ -45,6 +46,29 @@ _ROOM = 0.6
 
 
 @dataclass(frozen=True)
+class Others:
+    """Samples that hold more than tokens (images), by use; see `Rows`."""
+
+    walk: tuple[Inputs, ...] = ()
+    stage: tuple[Inputs, ...] = ()
+    held_out: tuple[Inputs, ...] = ()
+
+    @property
+    def all(self) -> tuple[Inputs, ...]:
+        """Every one, for a fingerprint."""
+        return self.walk + self.stage + self.held_out
+
+    @classmethod
+    def shared_out(cls, samples: Sequence[Inputs], walk: int, *, stage: bool) -> Others:
+        """Return samples by use: the first `walk` for the walk, one in 16 of all held out."""
+        if not stage or len(samples) < 2:  # noqa: PLR2004 - one of which would be held out
+            return cls(tuple(samples[:walk]))
+        held = max(1, min(HELD_OUT, round(_SHARE * len(samples))))
+        train = samples[:-held]
+        return cls(tuple(train[:walk]), tuple(train), tuple(samples[-held:]))
+
+
+@dataclass(frozen=True)
 class Rows:
     """Calibration tokens, told apart by use.
 
@@ -52,17 +76,25 @@ class Rows:
         walk: rows that blocks are tuned on [N, T].
         stage: rows that a stage learns from; of other documents where there are enough.
         held_out: rows of documents that neither sees; None without a stage.
+        others: samples that hold more than tokens, one each, by the same uses.
     """
 
     walk: Tensor
     stage: Tensor | None = None
     held_out: Tensor | None = None
+    others: Others = Others()
 
     @property
-    def all(self) -> Tensor:
-        """Every row, for a fingerprint."""
+    def all(self) -> list[Tensor]:
+        """Everything there is, for a fingerprint."""
         parts = (self.walk, self.stage, self.held_out)
-        return torch.cat([p for p in parts if p is not None])
+        rows = torch.cat([p for p in parts if p is not None])
+        return [rows, *(v for part in self.others.all for _, v in sorted(part.items()))]
+
+    @property
+    def count(self) -> int:
+        """Samples that blocks are tuned on."""
+        return len(self.walk) + len(self.others.walk)
 
 
 def wanted_rows(nsamples: int, settings: StageSettings) -> int:
@@ -105,6 +137,7 @@ class Refinement:
         stage: what refines the model.
         settings: its numbers.
         rows, held_out: token ids.
+        others: samples that hold more than tokens.
         floats: float weights by parameter name, as the model stored them before the walk; those
             of the blocks come in as the walk reaches each.
         gains: names of the float parameters that may move.
@@ -116,6 +149,7 @@ class Refinement:
     held_out: Tensor
     floats: dict[str, Tensor]
     gains: tuple[str, ...]
+    others: Others = Others()
 
 
 def copy_floats(job: Job, index: int) -> dict[str, Tensor]:
@@ -183,6 +217,8 @@ def refine(
         report=lambda step, steps, loss: emit(events.StageProgress(name, step, steps, loss)),
         save=_Keeper(run, name) if run is not None else lambda state, done: None,
         saved=None if run is None else run.get_state(name),
+        others=refinement.others.stage,
+        held_others=refinement.others.held_out,
     )
     result = refinement.stage.refine(task)
     seconds = time.perf_counter() - began

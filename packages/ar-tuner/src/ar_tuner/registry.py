@@ -15,7 +15,7 @@ from ar_tuner.errors import TunerError
 from ar_tuner.stages import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from ar_schemes import LayerPlan, PlanSize
@@ -108,6 +108,21 @@ def scheme_for_format(format: str) -> str | None:  # noqa: A002 - the user's wor
     """Return the preset that a format implies, or None."""
     found: str | None = host().first("ar_scheme_for_format", format=format)
     return found
+
+
+def implied_scheme(formats: Sequence[str]) -> str:
+    """Return the preset that formats imply, W4A16 where they imply none.
+
+    Raises:
+        TunerError: they imply different ones.
+    """
+    implied = {f: scheme_for_format(f) for f in formats}
+    names = sorted({name for name in implied.values() if name is not None})
+    if len(names) > 1:
+        pairs = ", ".join(f"{f} implies {n}" for f, n in implied.items() if n is not None)
+        msg = f"these formats cannot come from one run: {pairs}. Run them one by one."
+        raise TunerError(msg)
+    return names[0] if names else "W4A16"
 
 
 def adjust_plan(format: str, plan: LayerPlan, config: Any) -> LayerPlan:  # noqa: A002

@@ -62,7 +62,13 @@ def _block_lists(plan: LayerPlan) -> tuple[str, ...]:
     # layers that are not in the model have blocks of their own, which are no block lists
     quantized = {r.layer.block for r in plan.quantized}
     blocks = (b for r in plan.rows if (b := r.layer.block) is not None and b in quantized)
-    return tuple(dict.fromkeys(b.rpartition(".")[0] for b in blocks))
+    return tuple(dict.fromkeys(_list_of(b) for b in blocks))
+
+
+def _list_of(block: str) -> str:
+    """Return the list that a block is in; the block itself where it is in none (a projector)."""
+    path, _, number = block.rpartition(".")
+    return path if number.isdecimal() else block
 
 
 def _side(prepared: Prepared) -> Callable[[Path], None]:

@@ -25,18 +25,32 @@ TOKENS = 2**16
 
 
 @dataclass(frozen=True)
+class _Group:
+    """Calls whose rows are alike.
+
+    Attributes:
+        calls: their numbers.
+        axes: tensors that hold something for each row, and the axis of the rows.
+        joinable: rows of different calls can be in one minibatch.
+    """
+
+    calls: tuple[int, ...]
+    axes: Mapping[Path, int]
+    joinable: bool
+
+
+@dataclass(frozen=True)
 class RowBank:
     """What a block was given, addressable by row.
 
-    `units` are what can be drawn: single rows, or whole calls where rows of different calls
-    cannot be joined (different shapes or shared states). Rows go to `device` as they are taken;
-    None: they stay where they are.
+    Rows of different calls can be joined where the calls are alike: equal shapes, equal shared
+    states. What can be drawn are minibatches of rows of one group of such calls, or whole calls.
+    Rows go to `device` as they are taken; None: they stay where they are.
     """
 
     calls: tuple[Call, ...]
     sizes: tuple[int, ...]
-    split: frozenset[Path]
-    joinable: bool
+    groups: tuple[_Group, ...]
     device: torch.device | None = None
 
     @classmethod
@@ -44,21 +58,17 @@ class RowBank:
         cls, calls: Sequence[Call], sizes: Sequence[int], *, device: torch.device | None = None
     ) -> RowBank:
         """Return the bank of some calls; `sizes` are the rows in each."""
-        leaves = [dict(leaves_of((c.args, c.kwargs))) for c in calls]
-        split: set[Path] = set()
-        joinable = all(set(found) == set(leaves[0]) for found in leaves)
-        for path in leaves[0] if joinable else ():
-            tensors = [found[path] for found in leaves]
-            by_row = all(
-                t.ndim > 0 and t.shape[0] == n and t.shape[1:] == tensors[0].shape[1:]
-                for t, n in zip(tensors, sizes, strict=True)
-            )
-            same = all(_same(t, tensors[0]) for t in tensors[1:])
-            if by_row and (not same or max(sizes) > 1 or len(calls) == 1):
-                split.add(path)
-            elif not same:
-                joinable = False
-        return cls(tuple(calls), tuple(sizes), frozenset(split), joinable, device)
+        kinds: dict[object, list[int]] = {}
+        leaves = [dict(leaves_of((call.args, call.kwargs))) for call in calls]
+        for number, (call, found, rows) in enumerate(zip(calls, leaves, sizes, strict=True)):
+            kinds.setdefault(_kind(call, found, rows), []).append(number)
+        groups = (_group(numbers, leaves, sizes) for numbers in kinds.values())
+        return cls(tuple(calls), tuple(sizes), tuple(groups), device)
+
+    @property
+    def joinable(self) -> bool:
+        """Tell whether any rows can be in one minibatch."""
+        return len(self.groups) == 1 and self.groups[0].joinable
 
     @property
     def rows(self) -> int:
@@ -86,14 +96,18 @@ class RowBank:
         self, size: int, generator: torch.Generator, without: frozenset[int]
     ) -> list[list[int]]:
         if not self.joinable:
-            starts = self._starts()
-            order = torch.randperm(len(self.calls), generator=generator).tolist()
-            calls = [list(range(starts[i], starts[i] + self.sizes[i])) for i in order]
-            return [rows for rows in calls if without.isdisjoint(rows)]
+            units = self._units(size, generator)
+            order = torch.randperm(len(units), generator=generator).tolist()
+            dealt = ([r for r in units[i] if r not in without] for i in order)
+            return [rows for i, rows in zip(order, dealt, strict=True) if self._may(units[i], rows)]
         order = torch.randperm(self.rows, generator=generator).tolist()
         order = [row for row in order if row not in without]
         size = min(size, len(order))
         return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+
+    def _may(self, unit: Sequence[int], rows: Sequence[int]) -> bool:
+        """Tell whether what is left of a unit can be drawn."""
+        return bool(rows) and (len(rows) == len(unit) or self._group(unit[0]).joinable)
 
     def held_out(self, rows: int, size: int) -> list[list[int]]:
         """Return at least the last `rows` row numbers in lists that `take` accepts.
@@ -105,8 +119,7 @@ class RowBank:
         if self.joinable:
             out = [list(range(i, min(i + size, self.rows))) for i in range(first, self.rows, size)]
         else:
-            starts = zip(self._starts(), self.sizes, strict=True)
-            out = [list(range(s, s + n)) for s, n in starts if s + n > first]
+            out = [unit for unit in self._units(size) if unit[-1] >= first]
         if sum(len(chunk) for chunk in out) >= self.rows:
             raise TunerError(none_left(rows, self.rows))
         return out
@@ -116,14 +129,30 @@ class RowBank:
         if self.joinable:
             rows = min(rows, self.rows)
             return [list(range(i, min(i + size, rows))) for i in range(0, rows, size)]
-        starts = self._starts()
-        return [list(range(s, s + n)) for s, n in zip(starts, self.sizes, strict=True) if s < rows]
+        return [unit for unit in self._units(size) if unit[0] < rows]
+
+    def _units(self, size: int, generator: torch.Generator | None = None) -> list[list[int]]:
+        """Return all rows in lists that `take` accepts, ordered by their first.
+
+        Of calls that can be joined, up to `size` rows in order, or shuffled with a generator.
+        """
+        starts, out = self._starts(), []
+        for group in self.groups:
+            calls = [list(range(starts[i], starts[i] + self.sizes[i])) for i in group.calls]
+            if not group.joinable:
+                out += calls
+                continue
+            rows = [row for call in calls for row in call]
+            if generator is not None:
+                rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+            out += [rows[i : i + size] for i in range(0, len(rows), size)]
+        return sorted(out, key=lambda unit: unit[0])
 
     def take(self, rows: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) for some rows; containers are fresh, so a block may change them."""
         where = [self._locate(r) for r in rows]
-        first = self.calls[where[0][0]]
-        if not self.joinable or self._whole(where):
+        first, group = self.calls[where[0][0]], self._group(rows[0])
+        if not group.joinable or self._whole(where):
             move = to(self.device)
             return rebuilt((first.args, first.kwargs), (), lambda _, leaf: move(leaf))
         leaves = {
@@ -132,15 +161,21 @@ class RowBank:
         }
 
         def choose(path: Path, leaf: Tensor) -> Tensor:
-            if path not in self.split:
+            axis = group.axes.get(path)
+            if axis is None:
                 return to(self.device)(leaf)
-            return to(self.device)(torch.stack([leaves[c][path][r] for c, r in where]))
+            some = [leaves[c][path].select(axis, r) for c, r in where]
+            return to(self.device)(torch.stack(some, axis))
 
         return rebuilt((first.args, first.kwargs), (), choose)
 
     def _whole(self, where: list[tuple[int, int]]) -> bool:
         call = where[0][0]
         return where == [(call, r) for r in range(self.sizes[call])]
+
+    def _group(self, row: int) -> _Group:
+        call = self._locate(row)[0]
+        return next(group for group in self.groups if call in group.calls)
 
     def _starts(self) -> list[int]:
         starts, total = [], 0
@@ -155,6 +190,58 @@ class RowBank:
                 return call, row
             row -= size
         raise IndexError(row)
+
+
+def _kind(call: Call, leaves: Mapping[Path, Tensor], rows: int) -> object:
+    """Return what calls have in common whose rows may be alike."""
+    shapes = []
+    for path, leaf in leaves.items():
+        lead = _lead(leaf, rows)
+        rest = leaf.shape if lead is None else (*leaf.shape[:lead], *leaf.shape[lead + 1 :])
+        shapes.append((path, leaf.dtype, lead, tuple(rest)))
+    return tuple(shapes), _plain((call.args, call.kwargs))
+
+
+def _lead(leaf: Tensor, rows: int) -> int | None:
+    """Return the axis of a tensor that may have one entry per row, or None.
+
+    The first; the second of [3, rows, T, ...], in which positions have time, height and width.
+    """
+    if leaf.ndim == 0:
+        return None
+    if leaf.ndim > 2 and leaf.shape[0] == _PLACES and leaf.shape[1] == rows:  # noqa: PLR2004
+        return 1 if rows != _PLACES else None  # either could be the rows
+    return 0
+
+
+_PLACES = 3
+
+
+def _group(
+    numbers: Sequence[int], leaves: Sequence[Mapping[Path, Tensor]], sizes: Sequence[int]
+) -> _Group:
+    """Return some calls as a group; rows are told by what differs between them."""
+    axes: dict[Path, int] = {}
+    joinable, most = True, max(sizes[i] for i in numbers)
+    for path, first in leaves[numbers[0]].items():
+        axis = _lead(first, sizes[numbers[0]])
+        if axis is not None and any(leaves[i][path].shape[axis] != sizes[i] for i in numbers):
+            axis = None
+        same = all(_same(leaves[i][path], first) for i in numbers[1:])
+        if axis is not None and (not same or most > 1 or len(numbers) == 1):
+            axes[path] = axis
+        elif not same:
+            joinable = False
+    return _Group(tuple(numbers), axes, joinable and bool(axes))
+
+
+def _plain(tree: object) -> object:
+    """Return the numbers and words in nested containers, tensors and other objects left out."""
+    if isinstance(tree, (tuple, list)):
+        return tuple(_plain(item) for item in tree)
+    if isinstance(tree, (Mapping, UserDict)):
+        return tuple((key, _plain(item)) for key, item in tree.items())
+    return tree if isinstance(tree, (int, float, str, type(None))) else None
 
 
 def none_left(held: int, rows: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ar_schemes import unknown_name
@@ -14,10 +15,10 @@ from ar_tuner.recipes import RECIPES, SPELLINGS, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from ar_tuner.devices import DeviceMap
 
+_CALIBRATIONS = ("text", "image", "mixed")
 _SCALE_TYPES = ("float16", "bfloat16", "float32")
 _SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -53,6 +54,10 @@ class Settings:
             dict, or a number of bits.
         ignore_layers: names or parts of names that stay in 16 bit (text: comma separated).
         quant_lm_head: quantize the output head, tuned on the model's probabilities.
+        quant_nontext_module: quantize the vision tower and the projector, too.
+        calibration: `text`, `image` or `mixed`; None: mixed where the data holds images.
+        image_folder: folders in which relative names of images are looked for (text: comma
+            separated).
         to_quant_block_names: paths of the block lists, instead of finding them.
         enable_quanted_input: tune blocks on the output of the quantized blocks before.
         enable_minmax_tuning: tune the clip factors.
@@ -106,6 +111,9 @@ class Settings:
     layer_config: Mapping[str, Any] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] | str = ()
     quant_lm_head: bool = False
+    quant_nontext_module: bool = False
+    calibration: str | None = None
+    image_folder: tuple[str, ...] | str | Path = ()
     to_quant_block_names: tuple[str, ...] | str | None = None
     enable_quanted_input: bool = True
     enable_minmax_tuning: bool = True
@@ -153,6 +161,8 @@ class Settings:
             if value is not None and not (number and 0 < value <= 1):
                 msg = f"{name} {value!r} is not allowed: use a number above 0 and at most 1"
                 raise TunerError(msg)
+        if self.calibration not in (None, *_CALIBRATIONS):
+            raise TunerError(unknown_name("calibration", str(self.calibration), _CALIBRATIONS))
         check_tuning(self)
         _ = self.shard_bytes
 
@@ -210,6 +220,12 @@ class Settings:
     def ignored(self) -> tuple[str, ...]:
         """The patterns of `ignore_layers`."""
         return _listed(self.ignore_layers)
+
+    @property
+    def image_folders(self) -> tuple[str, ...]:
+        """The folders of `image_folder`."""
+        given = self.image_folder
+        return _listed(str(given) if isinstance(given, (str, Path)) else tuple(map(str, given)))
 
     @property
     def block_paths(self) -> tuple[str, ...] | None:

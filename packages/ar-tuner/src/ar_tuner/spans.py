@@ -41,12 +41,14 @@ class Material:
         passages: the float passages.
         energy: see `BlockTask.energy`.
         token_weights: of the output of its last block [N, T]; None: tokens count alike.
+        samples: how many each frame holds; None: as many as its output has rows.
     """
 
     firsts: list[Call]
     passages: list[Passage]
     energy: Mapping[str, Tensor]
     token_weights: Tensor | None = None
+    samples: Sequence[int] | None = None
 
 
 def quantize_span(
@@ -147,7 +149,16 @@ def _rows(
     if material.passages[0].places:
         pairs = zip(material.passages, calls, strict=True)
         calls = [joint_call(passage, first) for passage, first in pairs]
-    return RowBank.of(calls, [o.shape[0] for o in outputs], device=device), rows_of(outputs)
+    counts = [o.shape[0] for o in outputs]
+    samples = counts if material.samples is None else material.samples
+    # where an output has no row for each sample (patches of all images), all of it is one row
+    sizes = [n if n == m else 1 for n, m in zip(counts, samples, strict=True)]
+    rows = [
+        row
+        for o, n, m in zip(outputs, counts, samples, strict=True)
+        for row in (rows_of([o]) if n == m else [o])
+    ]
+    return RowBank.of(calls, sizes, device=device), rows
 
 
 def _tell_unreached(job: Job, task: BlockTask) -> None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from ar_tuner.parts import WeightRef
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from ar_kernels import QuantizedWeight
     from ar_schemes import Scheme
+    from ar_tuner.others import Inputs
 
     Parameter = Tensor | Callable[[], Tensor]
 
@@ -93,9 +94,12 @@ class ModelTask:
         stored: parameters of the model that hold several targets, by name, as they stand.
         save: called with tensors and the number of steps done, when a state is worth keeping.
         saved: the state that an interrupted stage kept last, and its number of steps.
+        others: samples of one row that hold more than tokens (images), to learn from as well;
+            `logits` takes one in the place of rows.
+        held_others: the same, held out.
     """
 
-    logits: Callable[[Mapping[str, Parameter], Tensor, bool], Tensor]
+    logits: Callable[[Mapping[str, Parameter], Tensor | Inputs, bool], Tensor]
     targets: tuple[ModelTarget, ...]
     gains: Mapping[str, Tensor]
     rows: Tensor
@@ -105,6 +109,8 @@ class ModelTask:
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None
     save: Callable[[Mapping[str, Tensor], int], None] = lambda state, done: None
     saved: tuple[Mapping[str, Tensor], int] | None = None
+    others: Sequence[Inputs] = ()
+    held_others: Sequence[Inputs] = ()
 
 
 @dataclass(frozen=True)

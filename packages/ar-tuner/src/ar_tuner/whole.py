@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ar_kernels import QuantizedWeight
     from ar_tuner.blocks import Block
+    from ar_tuner.others import Inputs
     from ar_tuner.pipeline import Job
     from ar_tuner.stages import Parameter
 
@@ -31,7 +32,7 @@ def whole_model(
     floats: Mapping[str, Tensor],
     *,
     flat: bool = False,
-) -> Callable[[Mapping[str, Parameter], Tensor, bool], Tensor]:
+) -> Callable[[Mapping[str, Parameter], Tensor | Inputs, bool], Tensor]:
     """Return the function of `ModelTask.logits`.
 
     Args:
@@ -42,8 +43,15 @@ def whole_model(
             be functions.
     """
 
-    def logits(replaced: Mapping[str, Parameter], rows: Tensor, quantized: bool) -> Tensor:  # noqa: FBT001
-        inputs = dict(job.adapter.inputs(job.model, rows))
+    def logits(
+        replaced: Mapping[str, Parameter],
+        rows: Tensor | Inputs,
+        quantized: bool,  # noqa: FBT001
+    ) -> Tensor:
+        if isinstance(rows, torch.Tensor):
+            inputs = dict(job.adapter.inputs(job.model, rows))
+        else:
+            inputs = dict(job.as_given(rows))
         with contextlib.ExitStack() as stack:
             if quantized and flat:
                 replaced = stack.enter_context(_recomputed(job, weights, replaced))

@@ -1,16 +1,19 @@
-"""Adapter for models that see: their text decoder is tuned, everything that looks is kept."""
+"""Adapter for models that see: what is tuned, what is kept and why, what goes through the model."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any
 
-from ar_schemes import ArError
 from ar_tuner.adapters import GenericAdapter
 from ar_tuner.blocks import NON_TEXT
+from ar_tuner.imagery import Asked
+from ar_vlm.calibration import ImageCalibration
+from ar_vlm.errors import VlmError
+from ar_vlm.towers import further_blocks, kept_part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -32,14 +35,16 @@ NEEDS_IMAGES = frozenset(
 _INDEX = re.compile(r"\.layers\.(\d+)\.")
 
 
-class VlmError(ArError):
-    """A vision-language model that cannot be treated as asked."""
-
-
 def sees(config: Any) -> bool:
-    """Tell whether a configuration is that of a vision-language model."""
+    """Tell whether a configuration is that of a vision-language model.
+
+    Of models of several parts (omni), that of the part that reads and sees counts.
+    """
     if config is None:
         return False
+    thinker = getattr(config, "thinker_config", None)
+    if thinker is not None:
+        return sees(thinker)
     text = getattr(config, "text_config", None)
     return text is not None and any(getattr(config, name, None) is not None for name in SIGHT)
 
@@ -50,20 +55,39 @@ def silent_blocks(config: Any) -> frozenset[int]:
     return frozenset(getattr(text, "cross_attention_layers", None) or ())
 
 
-class TextDecoderAdapter(GenericAdapter):
-    """The generic rules, with the parts that look at images kept in 16 bit for that reason.
+class VisionLanguageAdapter(GenericAdapter):
+    """The generic rules, driven by text, by images or by both.
 
-    The model is driven through its own whole forward with text alone, so position tables and
-    masks are those it makes for text.
+    The model runs its own whole forward, so positions and masks, image features between blocks
+    and attention to images are those it makes.
 
     Args:
+        kind: type of the model.
         silent: indices of decoder blocks that a text never reaches (cross-attention to images).
+        asked: what the user asks.
     """
 
-    name = "vlm-text"
+    name = "vlm"
 
-    def __init__(self, silent: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, kind: str = "", silent: frozenset[int] = frozenset(), asked: Asked | None = None
+    ) -> None:
+        self._kind = kind
         self._silent = silent
+        self._asked = Asked() if asked is None else asked
+        self.imagery = (
+            None
+            if asked is None
+            else ImageCalibration.of(asked, demanded=kind in NEEDS_IMAGES, kind=kind)
+        )
+
+    def configured(self, asked: Asked) -> VisionLanguageAdapter:
+        """Return the adapter for what a user asks.
+
+        Raises:
+            VlmError: images are asked for and there are none, or the other way round.
+        """
+        return type(self)(self._kind, self._silent, asked)
 
     def inputs(self, model: nn.Module, rows: Tensor) -> Mapping[str, object]:
         """Return the keyword arguments of the model's forward for token rows [B, T].
@@ -74,8 +98,8 @@ class TextDecoderAdapter(GenericAdapter):
         kind = getattr(getattr(model, "config", None), "model_type", "")
         if kind in NEEDS_IMAGES:
             msg = (
-                f"model type {kind!r} does not run without images, and this version calibrates "
-                "with text only. Use recipe 'rtn', which needs no calibration."
+                f"model type {kind!r} does not run without images: give samples with images as "
+                "dataset, or use recipe 'rtn', which needs no calibration"
             )
             raise VlmError(msg)
         return super().inputs(model, rows)
@@ -83,8 +107,41 @@ class TextDecoderAdapter(GenericAdapter):
     def keep(self, name: str, module: nn.Module) -> str | None:
         """Return why a layer stays in high precision, or None."""
         if NON_TEXT.search(name):
-            return "vision, audio or projector: calibrated with text only"
+            if not self._asked.nontext:
+                return "looks at images or listens: quant_nontext_module is off"
+            if (why := kept_part(name)) is not None:
+                return why
         index = _INDEX.search(name)
-        if index is not None and int(index[1]) in self._silent:
-            return "attends to images: never run on text, which is all this version calibrates with"
+        silent = index is not None and int(index[1]) in self._silent and not NON_TEXT.search(name)
+        if silent and self.imagery is None:
+            return "attends to images: never run on text, and no image samples were given"
         return super().keep(name, module)
+
+    def further_blocks(self, model: nn.Module, lists: Sequence[str]) -> tuple[str, ...]:
+        """Return the blocks that look at images, if they are to be quantized, too.
+
+        Args:
+            model: the model.
+            lists: paths of the lists of decoder blocks.
+        """
+        return further_blocks(model, lists) if self._asked.nontext else ()
+
+    def check_reached(self, layers: Sequence[str], note: Callable[[Any, str], None]) -> None:
+        """Judge the layers to be quantized that a row of text gives no gradient.
+
+        Raises:
+            VlmError: there are some, and the user did not ask for calibration with text alone.
+        """
+        if not layers:
+            return
+        shown = ", ".join(layers[:4]) + (", ..." if len(layers) > 4 else "")  # noqa: PLR2004
+        what = f"text alone does not reach {len(layers)} layers to be quantized ({shown})"
+        if self._asked.calibration == "text" and not self._asked.nontext:
+            note("warning", f"{what}: nothing but their weights decides how they are rounded")
+            return
+        msg = (
+            f"{what}, so calibration needs samples with images: name a file of them as dataset "
+            "and their folder as image_folder. Or leave those layers out (ignore_layers), or use "
+            "calibration 'text' to round them without."
+        )
+        raise VlmError(msg)

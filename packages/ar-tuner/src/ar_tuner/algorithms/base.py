@@ -147,7 +147,8 @@ class BlockTask:
         forward = plain if hooked else self.forward
         with quantized_activations(self.block, self.targets if weights else (), self.ranges):
             output = hidden(forward(self.block, weights, args, kwargs))
-        return output, torch.stack([self.reference[r] for r in rows]).to(output.device)
+        reference = torch.stack([self.reference[r] for r in rows]).to(output.device)
+        return output, reference.reshape(output.shape)  # a row may be a whole output of any shape
 
 
 _FACTS = ("loss_before", "loss_after", "relative")

@@ -95,4 +95,11 @@ def _batches(
 
         return split
     one = bank.minibatches(size, generator, without=without)
-    return lambda: [one() for _ in range(times)]
+
+    def gather() -> list[list[int]]:
+        units = [one()]
+        while sum(map(len, units)) < size * times:
+            units.append(one())
+        return units
+
+    return gather

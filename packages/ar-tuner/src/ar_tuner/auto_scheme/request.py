@@ -14,6 +14,8 @@ from ar_tuner.settings import bytes_of
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ar_tuner.settings import Settings
+
 DEFAULTS = {"nsamples": 64, "seqlen": 256, "batch_size": 1}
 ENVIRONMENT = {name: f"AR_AUTO_SCHEME_{name.upper()}" for name in DEFAULTS}
 """Variables that replace a default; what is given as an argument wins over them."""
@@ -158,3 +160,18 @@ class AutoScheme:
 
 def _numbers(found: Scheme) -> tuple[object, object]:
     return found.weight, found.activation
+
+
+def check_options(settings: Settings) -> None:
+    """Refuse settings that belong to one scheme beside an `AutoScheme`.
+
+    Raises:
+        TunerError: with their names.
+    """
+    own = ("bits", "group_size", "sym")
+    if given := [n for n in own if getattr(settings, n) is not None]:
+        msg = (
+            f"{', '.join(given)} belong to one scheme, and an AutoScheme has several: give its "
+            "options these numbers, such as W4A16G64 or {'bits': 4, 'sym': False}"
+        )
+        raise TunerError(msg)

@@ -113,6 +113,8 @@ def requests_of(dataset: Any) -> tuple[SetRequest, ...] | None:
         return (SetRequest(str(dataset) if dataset.is_absolute() else f"./{dataset}"),)
     if isinstance(dataset, str) and is_file(dataset):
         return (SetRequest(dataset),)
+    if isinstance(dataset, tuple) and dataset and isinstance(dataset[0], SetRequest):
+        return dataset
     return parse_sets(dataset) if isinstance(dataset, str) else None
 
 

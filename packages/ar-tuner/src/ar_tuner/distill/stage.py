@@ -25,10 +25,11 @@ from ar_tuner.parts import assembled
 from ar_tuner.stages import ModelResult
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from ar_tuner.others import Inputs
     from ar_tuner.parts import WeightRef
     from ar_tuner.stages import ModelTarget, ModelTask, Parameter
 
@@ -157,16 +158,16 @@ def _step(
     """
     leaves: dict[str, Parameter] = {x.target.layer: x.leaf(x.target.original) for x in latents}
     moved = {name: gain.stored().requires_grad_() for name, gain in gains.items()}
-    rows = _rows(task, step)
+    batch = _batch(task, step)
     total = 0.0
-    for some in rows.split(part):
+    for some in _parts(task.rows, task.others, batch, part):
         with torch.no_grad():
             reference = task.logits({}, some, False)  # noqa: FBT003
         with torch.enable_grad():
             replaced = {**_parameters(task, latents, leaves), **moved}
             loss = divergence(task.logits(replaced, some, True), reference)  # noqa: FBT003
-            (loss * some.numel()).backward()  # of the sum: Adam's steps know no scale
-        total += float(loss.detach()) * some.shape[0] / rows.shape[0]
+            (loss * _tokens(some)).backward()  # of the sum: Adam's steps know no scale
+        total += float(loss.detach()) * _count(some) / len(batch)
     share = _schedule(step, task.settings.steps)
     for latent in latents:
         leaf = leaves[latent.target.layer]
@@ -183,18 +184,46 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _rows(task: ModelTask, step: int) -> Tensor:
-    """Return the rows of a step: all rows in a random order, then again in another."""
-    count, size = task.rows.shape[0], min(task.settings.batch_size, task.rows.shape[0])
+def _batch(task: ModelTask, step: int) -> Tensor:
+    """Return the numbers of the samples of a step: all in a random order, then in another.
+
+    The others are numbered after the rows.
+    """
+    count = task.rows.shape[0] + len(task.others)
+    size = min(task.settings.batch_size, count)
     per_pass = count // size
     made = torch.Generator().manual_seed(task.settings.seed + step // per_pass)
     order = torch.randperm(count, generator=made)
     start = step % per_pass * size
-    return task.rows[order[start : start + size].to(task.rows.device)]
+    return order[start : start + size]
+
+
+def _parts(
+    rows: Tensor, others: Sequence[Inputs], numbers: Tensor, part: int
+) -> Iterator[Tensor | Inputs]:
+    """Yield samples by number: `part` rows at a time, of the others one."""
+    plain = numbers[numbers < rows.shape[0]].to(rows.device)
+    if len(plain):
+        yield from rows[plain].split(part)
+    yield from (others[i - rows.shape[0]] for i in numbers.tolist() if i >= rows.shape[0])
+
+
+def _ids(some: Tensor | Inputs) -> Tensor:
+    return some if isinstance(some, torch.Tensor) else some["input_ids"]
+
+
+def _tokens(some: Tensor | Inputs) -> int:
+    return _ids(some).numel()
+
+
+def _count(some: Tensor | Inputs) -> int:
+    return _ids(some).shape[0]
 
 
 def _part(task: ModelTask, latents: list[Moving]) -> int:
     """Return how many rows fit the limits of logits and of what a pass keeps, at least one."""
+    if not len(task.rows):
+        return 1
     tokens = task.rows.shape[1]
     made: dict[str, Parameter] = {x.target.layer: x.leaf(x.target.original) for x in latents}
     leaves = _parameters(task, latents, made)
@@ -233,13 +262,13 @@ def _held_out(
     part: int,
 ) -> float:
     """Return the mean divergence of the quantized model on the held-out rows."""
-    total = 0.0
+    total, count = 0.0, task.held_out.shape[0] + len(task.held_others)
     with torch.no_grad():
-        for some in task.held_out.split(part):
+        for some in _parts(task.held_out, task.held_others, torch.arange(count), part):
             reference = task.logits({}, some, False)  # noqa: FBT003
             found = divergence(task.logits(replaced, some, True), reference)  # noqa: FBT003
-            total += float(found) * some.shape[0]
-    return total / task.held_out.shape[0]
+            total += float(found) * _count(some)
+    return total / count
 
 
 def _state(latents: list[Moving], gains: Mapping[str, _Gain]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from ar_tuner.names import source_files, source_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -24,7 +24,7 @@ _SAMPLES = 64
 def fingerprint(
     settings: Mapping[str, Any],
     plan: LayerPlan,
-    rows: Tensor | None,
+    rows: Sequence[Tensor] | None,
     source: Path | None,
     model: nn.Module,
 ) -> dict[str, str]:
@@ -38,7 +38,7 @@ def fingerprint(
     parts: dict[str, Any] = {
         "settings": dict(settings),
         "plan": layers,
-        "calibration": None if rows is None else _tensor_digest(rows),
+        "calibration": None if rows is None else _all_digest(rows),
         "source": None if source is None else _files(source),
         "weights": _sampled(model.state_dict().items() if source is None else _stored(source)),
         "torch": torch.__version__.split("+")[0],
@@ -61,6 +61,11 @@ def rows_digest(rows: Tensor) -> str:
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _all_digest(tensors: Sequence[Tensor]) -> str | list[str]:
+    digests = [_tensor_digest(tensor) for tensor in tensors]
+    return digests[0] if len(digests) == 1 else digests
 
 
 def _tensor_digest(tensor: Tensor) -> str:
