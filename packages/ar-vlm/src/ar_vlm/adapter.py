@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from ar_schemes import ArError
 from ar_tuner.adapters import GenericAdapter
 from ar_tuner.blocks import NON_TEXT
+from ar_vlm.errors import VlmError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,10 +30,6 @@ NEEDS_IMAGES = frozenset(
 )
 """Model types whose forward demands pixels."""
 _INDEX = re.compile(r"\.layers\.(\d+)\.")
-
-
-class VlmError(ArError):
-    """A vision-language model that cannot be treated as asked."""
 
 
 def sees(config: Any) -> bool:
