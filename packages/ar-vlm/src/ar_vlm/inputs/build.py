@@ -136,7 +136,7 @@ class Inputs:
         yield from joined([self.build(sample) for sample in samples], size=size)
 
     def _checked(self, made: Mapping[str, Any], way: Way) -> Built:
-        tensors = {k: v for k, v in made.items() if isinstance(v, torch.Tensor)}
+        tensors = {k: v for k, v in made.items() if isinstance(v, torch.Tensor) and k != "labels"}
         ids = tensors.get("input_ids")
         if ids is None or ids.ndim != 2 or ids.shape[0] != 1:  # noqa: PLR2004
             msg = "inputs of a sample must hold input_ids [1, T]"
