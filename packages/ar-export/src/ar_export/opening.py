@@ -29,14 +29,15 @@ def open_model(path: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     Raises:
         ExportError: no checkpoint, or one that no installed format reads.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import ar_kernels  # noqa: F401 - teaches Transformers the formats
 
     found = open_checkpoint(path)
     if found.format != "float" and not has_kernels(found):
         return open_dequantized(found, dtype)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    model: nn.Module = architecture(config).from_pretrained(
         path, dtype=dtype, local_files_only=True
     )
     return model.eval()
@@ -116,7 +117,13 @@ def architecture(config: Any) -> Any:
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001
+    sees = getattr(config, "vision_config", None) is not None
+    kinds = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
+    for kind in kinds if sees else reversed(kinds):
+        if type(config) in kind._model_mapping:  # noqa: SLF001
+            return kind._model_mapping[type(config)]  # noqa: SLF001
+    msg = f"no model class of Transformers is known for model type {config.model_type!r}"
+    raise ExportError(msg)
 
 
 def _dtype(asked: torch.dtype | str, config: Any) -> torch.dtype:

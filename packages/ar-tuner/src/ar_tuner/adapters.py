@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -82,7 +83,9 @@ class GenericAdapter:
         weight = module.weight
         if isinstance(weight, torch.Tensor) and weight.ndim == 2 and min(weight.shape) == 1:
             return "single output: a gate"
-        return None
+        if _multiplies(module) or self.is_router(name, module):
+            return None
+        return "its forward is not that of a linear layer"
 
     def is_router(self, name: str, module: nn.Module) -> bool:
         """Tell whether a layer chooses experts: named like one and much narrower than wide."""
@@ -92,3 +95,18 @@ class GenericAdapter:
             and isinstance(weight, torch.Tensor)
             and (weight.shape[0] <= weight.shape[-1] // 4 or weight.shape[0] < 32)
         )
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Tell whether a layer takes [B, I] to [B, O], as any linear layer that replaces it would.
+
+    (Not so a grouped output projection that is a linear layer by class only, DeepSeek-V4's.)
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return True
+    weight = module.weight
+    rows = torch.zeros(2, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, IndexError):
+        made = module(rows)
+        return isinstance(made, torch.Tensor) and tuple(made.shape) == (2, weight.shape[0])
+    return False

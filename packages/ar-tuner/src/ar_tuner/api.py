@@ -20,10 +20,11 @@ from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.compiling import Compiled, plain, refusal
 from ar_tuner.devices import CPU, Machine, default, parse, place
 from ar_tuner.errors import TunerError
+from ar_tuner.experts import own_wiring
 from ar_tuner.imagery import adapter_for
-from ar_tuner.names import strangers
 from ar_tuner.plans import check_computable, with_scale_dtype
 from ar_tuner.registry import adjust_plan, algorithm, host, implied_scheme, stage
+from ar_tuner.renaming import layers_in_files
 from ar_tuner.residence import Kept
 from ar_tuner.settings import make_settings
 from ar_tuner.sink import parse_formats
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ar_tuner.residence import Residence
     from ar_tuner.settings import Settings
     from ar_tuner.streaming import Blueprint
+    from ar_tuner.wiring import Wiring
     from ar_tuner.written import Written
 
 
@@ -254,6 +256,10 @@ class AutoRound:
             self._blueprint = make(self.source, trust_remote_code=self.settings.trust_remote_code)
         return self._blueprint
 
+    def wiring(self, model: nn.Module) -> Wiring:
+        """Return how a model is made of files: those it is in, or those it would be saved in."""
+        return own_wiring(model) if self.source is None else self.blueprint().wiring
+
     def algorithm(self) -> Algorithm:
         """Return the algorithm of the recipe.
 
@@ -310,10 +316,10 @@ class AutoRound:
         self, model: nn.Module
     ) -> tuple[ModelAdapter, Discovery, list[LayerInfo], LayerPlan]:
         adapter = adapter_for(self, model)
-        wiring = None if self.source is None else self.blueprint().wiring
+        wiring = self.wiring(model)
         discovery = find_blocks(model, adapter, paths=self.settings.block_paths, wiring=wiring)
-        layers = list(layers_of(model, discovery, adapter))
-        layers += self._strangers(layers)
+        source = None if self.source is None else self.blueprint().source
+        layers = layers_in_files(list(layers_of(model, discovery, adapter)), wiring, source)
         return adapter, discovery, layers, self._resolved(model, layers, self._rules())
 
     def _rules(self) -> LayerRules:
@@ -343,12 +349,6 @@ class AutoRound:
             resolve=lambda rules: self._resolved(model, layers, rules),
             size=Sizer(self._formats, self._config(model), float_facts(model, self.source)),
         )
-
-    def _strangers(self, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
-        if self.source is None:
-            return []
-        found = self.blueprint()
-        return strangers(found.source, found.wiring.unknown, layers)
 
     def _placement(self, discovery: Discovery) -> Placement:
         sizes = [(b.name, sum(p.nbytes for p in b.module.parameters())) for b in discovery.blocks]

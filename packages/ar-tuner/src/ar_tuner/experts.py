@@ -21,7 +21,7 @@ from ar_schemes import LayerInfo
 from ar_tuner.parts import WeightRef
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor, nn
 
@@ -214,23 +214,25 @@ def _by_conversion(
 
 def own_wiring(model: nn.Module) -> Wiring:
     """Return how a model in memory would be made of the files that it would be saved in."""
-    from ar_tuner.wiring import wire
+    from ar_tuner.wiring import Piece, Wiring, wire
 
-    return wire(model, file_names(model))
-
-
-def file_names(model: nn.Module) -> Iterable[str]:
-    """Return the names of the tensors that a model in memory would be saved in."""
     hollow = {k: torch.empty_like(v, device="meta") for k, v in model.state_dict().items()}
-    return list(as_in_files(model, hollow))
+    if not _is_from_transformers(model):
+        return Wiring({k: Piece((k,), (k,)) for k in hollow}, (), frozenset(hollow))
+    return wire(model, as_in_files(model, hollow))
 
 
 def as_in_files(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors of a model as `save_pretrained` would write them: names, experts apart."""
-    from transformers import PreTrainedModel
+    if not _is_from_transformers(model):
+        return state
     from transformers.core_model_loading import revert_weight_conversion
 
-    if not isinstance(model, PreTrainedModel):
-        return state
     made: dict[str, Tensor] = revert_weight_conversion(model, state)
     return made
+
+
+def _is_from_transformers(model: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)

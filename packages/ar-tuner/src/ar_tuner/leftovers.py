@@ -9,7 +9,7 @@ from ar_tuner.algorithms.rtn import nearest
 from ar_tuner.blocks import is_linear, weight_of
 from ar_tuner.errors import TunerError
 from ar_tuner.events import Note
-from ar_tuner.experts import as_in_files, own_wiring
+from ar_tuner.experts import as_in_files
 from ar_tuner.parts import WeightRef
 from ar_tuner.pipeline import Job, install
 
@@ -49,11 +49,9 @@ def source_names(request: AutoRound, prepared: Prepared) -> dict[str, str]:
         TunerError: quantized layers have no tensor of their own there.
     """
     parts = {f"{r.layer}.weight": f"{r.layer}.weight" for r in _parts(prepared)}
+    found = request.wiring(prepared.model).names | parts
     if request.source is None:
-        if not parts:
-            return {k: k for k in prepared.model.state_dict()}
-        return own_wiring(prepared.model).names | parts
-    found = request.blueprint().wiring.names | parts
+        return found
     lost = [r.layer.name for r in prepared.plan.quantized if f"{r.layer.name}.weight" not in found]
     if lost:
         msg = (
@@ -79,9 +77,7 @@ def untouched(
         yield from found.source.read(k for k in found.source.names if k not in gone)
         return
     state = {k: t.detach() for k, t in prepared.model.state_dict().items() if k not in apart}
-    if apart:
-        state = as_in_files(prepared.model, state)
-    for key, tensor in state.items():
+    for key, tensor in as_in_files(prepared.model, state).items():
         if key not in written and key not in tied:
             yield key, tensor.cpu()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ar_tuner.compiling import Compiled
 from ar_tuner.loading import read_config
+from ar_tuner.renaming import plan_in_files
 from ar_tuner.sink import SinkRequest
 from ar_tuner.source import without_quantization
 
@@ -44,13 +45,15 @@ def sink_request(
         described: Any = request.given.config
         config = json.loads(json.dumps(described.to_dict(), default=str))
         config["architectures"] = [type(request.given).__name__]
+    model = request.blueprint().model if request.given is None else request.given
+    named = plan_in_files(plan, request.wiring(model))
     return SinkRequest(
         format=format,
         output=output,
         source=request.source,
         config=config,
-        plan=plan,
-        blocks=_block_lists(plan),
+        plan=named,
+        blocks=_block_lists(named),
         facts=request.settings.facts(),
         max_shard_bytes=request.settings.shard_bytes,
         side=None if request.source is not None or prepared is None else _side(prepared),

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from ar_export.errors import ExportError
 from ar_export.formats.auto_gptq import integer_layers
-from ar_export.formats.packed import expert_lists, require_quantized, skipped, suffixes_of
+from ar_export.formats.packed import (
+    expert_lists,
+    kept_parts,
+    require_quantized,
+    skipped,
+    suffixes_of,
+)
 from ar_kernels import layout
 
 if TYPE_CHECKING:
@@ -22,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def _skipped(plan: LayerPlan) -> list[str]:
-    """Return the layers that stay in 16 bit; vLLM asks for a list of experts by its own name."""
+    """Return what stays in 16 bit; vLLM asks for experts and fused layers by names of its own."""
     names = skipped(plan)
-    return [*names, *expert_lists(plan, dict.fromkeys(names, True))]
+    return [*names, *expert_lists(plan, dict.fromkeys(names, True)), *kept_parts(plan)]
 
 
 class AutoAwqFormat:

@@ -39,6 +39,8 @@ _FUSED = (
     (("gate_proj", "up_proj"), "gate_up_proj"),
 )
 _KEYS = ("bits", "group_size", "sym")
+_HEAD = "lm_head"
+"""Of a head by this name, the key `lm_head` speaks."""
 
 
 class AutoGptqFormat:
@@ -142,7 +144,7 @@ def _dynamic(plan: LayerPlan, flat: Mapping[str, Any]) -> dict[str, dict[str, An
     changes: dict[str, dict[str, Any] | None] = {}
     for row in plan.rows:
         if not row.quantized:
-            if row.layer.block is not None:
+            if row.layer.role != "embedding" and row.layer.name != _HEAD:
                 changes[row.layer.name] = None
             continue
         mine = row.scheme.to_dict()

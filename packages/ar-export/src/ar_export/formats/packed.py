@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from ar_export.formats.base import Request
     from ar_kernels.layouts.base import TensorFact
     from ar_schemes import LayerPlan, Scheme
-
-import contextlib
 
 _WORD = 32
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
@@ -52,6 +52,24 @@ def default_scheme(plan: LayerPlan) -> Scheme:
 def skipped(plan: LayerPlan) -> list[str]:
     """Return the linear layers that stay in 16 bit, by name."""
     return [r.layer.name for r in plan.rows if not r.quantized and r.layer.role != "embedding"]
+
+
+def kept_parts(plan: LayerPlan) -> list[str]:
+    """Return the outermost modules outside the blocks that hold float layers only, by name.
+
+    A vision tower is one. Engines that fuse layers of it ask for names no layer has, which begin
+    with the tower's. Names that occur in that of a quantized layer are left out.
+    """
+    quantized = [f"{row.layer.name}." for row in plan.quantized]
+    out: dict[str, None] = {}
+    for row in plan.rows:
+        if row.quantized or row.layer.block is not None or row.layer.role != "linear":
+            continue
+        parts = row.layer.name.split(".")
+        heads = (".".join(parts[:i]) for i in range(1, len(parts)))
+        free = (head for head in heads if not any(f"{head}." in name for name in quantized))
+        out |= dict.fromkeys(itertools.islice(free, 1))
+    return list(out)
 
 
 def expert_lists(plan: LayerPlan, changes: Mapping[str, Any]) -> dict[str, Any]:
