@@ -31,6 +31,7 @@ AT_IMPORT = {
 }
 LIGHT_EXCEPTIONS = {
     "ar_kernels/hf/quantizer.py": {"transformers"},  # by ar_kernels.hf.arm, after transformers
+    "ar_kernels/hf/attention.py": {"transformers"},  # by ar_kernels.hf.quantizer
     # by the backend, when a layer is packed or compiled for it
     **{f"ar_kernels/triton/{name}.py": {"triton"} for name in ("aot", "kernels", "launch")},
 }

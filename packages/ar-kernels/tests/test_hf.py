@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ar_kernels import KernelError, QuantLinear, data_type, layout
+from ar_kernels.native import library
 from ar_schemes import scheme_from_dict
 
 transformers = pytest.importorskip("transformers")
@@ -250,6 +251,10 @@ def test_saving_writes_the_same_tensors_and_config(tmp_path, config) -> None:
 def test_it_generates(tmp_path) -> None:
     reference = write(tmp_path, AUTO_ROUND)
     mine = opened(tmp_path, dtype=torch.float32)
+    if library.missing() is None:  # norms of two blocks, their queries and keys, the last; the head
+        kinds = [type(m).__name__ for m in mine.modules()]
+        assert [kinds.count(kind) for kind in ("NativeNorm", "NativeLinear")] == [9, 1]
+        assert mine.config._attn_implementation == "ar_native"
     out = [m.generate(IDS[:1], max_new_tokens=6, do_sample=False) for m in (mine, reference)]
     assert torch.equal(*out)
 

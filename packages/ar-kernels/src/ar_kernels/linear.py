@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ar_schemes import TensorSpec
 
 _STATIC, _ZERO, _ORDER = "static", "static_zero", "order"
+_READY_ORDER = ready_name(_ORDER)
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")
 
 
@@ -253,15 +254,15 @@ class QuantLinear(nn.Module):
             self.prepare(self._prefer)
         assert self.backend is not None
         ready = [self._buffer(name) for name in self._ready]
-        given = x.to(self.dtype)
+        given = x if x.dtype == self.dtype else x.to(self.dtype)
         if self._quantizes is not None:
             static, zero = (self._buffers.get(ready_name(key)) for key in (_STATIC, _ZERO))
             given = ops.quantize_input(given, self._quantizes, static, zero)
-        order = self._buffers.get(ready_name(_ORDER))
+        order = self._buffers.get(_READY_ORDER)
         if order is not None:
             given = given.index_select(-1, order)
-        out = ops.quant_linear(given, ready, self._meta, self.bias, self.backend, self.rows)
-        return out.to(x.dtype)
+        out = ops.multiply(given, ready, self._meta, self.bias, self.backend, self.rows)
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Return shape, scheme, layout and backend for `print(model)`."""

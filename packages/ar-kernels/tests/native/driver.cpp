@@ -194,6 +194,116 @@ void run(const Case& c) {
          c.bits, s, 0);
 }
 
+std::vector<uint8_t> some(int64_t count, int dtype) {
+  auto out = exactly<uint8_t>(count * (dtype ? 2 : 4));
+  for (int64_t i = 0; i < count; ++i) put(out, i, dtype, float(int(next() % 17) - 8) / 8);
+  return out;
+}
+
+bool near(double found, double wanted, double size, int dtype) {
+  return fabs(found - wanted) <= (dtype ? 0.006 : 2e-5) * fabs(wanted) + 2e-5 * size + 1e-5;
+}
+
+void run_floats(int64_t isa, int dtype, int64_t features, int64_t columns, int64_t rows) {
+  const ar_runtime runtime{nullptr, isa};
+  const auto w = some(features * columns, dtype), x = some(rows * columns, dtype);
+  auto y = exactly<uint8_t>(rows * features * (dtype ? 2 : 4));
+  auto bias = exactly<float>(features);
+  for (auto& b : bias) b = value();
+  const ar_floats weight{w.data(), int64_t(w.size()), features, columns};
+  const ar_product product{x.data(), int64_t(x.size()), rows, columns, dtype,
+                           bias.data(), y.data(), int64_t(y.size())};
+  bool good = ar_multiply_floats(&runtime, &weight, &product) == 0;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < features; ++n) {
+      double sum = bias[n], size = fabs(sum);
+      for (int64_t k = 0; k < columns; ++k) {
+        const double term = as_double(x, m * columns + k, dtype) *
+                            as_double(w, n * columns + k, dtype);
+        sum += term;
+        size += fabs(term);
+      }
+      good &= near(as_double(y, m * features + n, dtype), sum, size, dtype);
+    }
+  expect(good, "float product", isa, dtype, Shape{features, columns, 0}, rows);
+  const ar_floats less{w.data(), int64_t(w.size()) - 1, features, columns};
+  expect(ar_multiply_floats(&runtime, &less, &product) != 0, "short floats", isa, dtype,
+         Shape{features, columns, 0}, rows);
+}
+
+void run_norm(int64_t isa, int dtype, int64_t rows, int64_t columns, int64_t form) {
+  const ar_runtime runtime{nullptr, isa};
+  const int64_t stride = columns + 5;
+  const auto x = some((rows - 1) * stride + columns, dtype), w = some(columns, dtype);
+  auto y = exactly<uint8_t>(rows * columns * (dtype ? 2 : 4));
+  const ar_norm_input input{x.data(), int64_t(x.size()), rows,     columns, stride,
+                            dtype,    form,              w.data(), 1e-5,    y.data()};
+  bool good = ar_norm(&runtime, &input) == 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    double squares = 0;
+    for (int64_t k = 0; k < columns; ++k) squares += pow(as_double(x, r * stride + k, dtype), 2);
+    for (int64_t k = 0; k < columns; ++k) {
+      const double wanted = as_double(x, r * stride + k, dtype) / sqrt(squares / columns + 1e-5) *
+                            (as_double(w, k, dtype) + (form == 1));
+      good &= near(as_double(y, r * columns + k, dtype), wanted, 1, dtype);
+    }
+  }
+  expect(good, "norm", isa, dtype, Shape{rows, columns, 0}, form);
+}
+
+void run_attention(int64_t isa, int dtype, int64_t heads, int64_t shared, int64_t length,
+                   int64_t width, bool masked) {
+  const ar_runtime runtime{nullptr, isa};
+  const auto q = some(heads * width, dtype);
+  const auto k = some(shared * length * width, dtype), v = some(shared * length * width, dtype);
+  auto mask = exactly<uint8_t>(length);
+  for (auto& one : mask) one = next() % 3 != 0;
+  mask[0] = 1;
+  auto y = exactly<uint8_t>(heads * width * (dtype ? 2 : 4));
+  const int64_t of_head = length * width;
+  const ar_attention input{
+      q.data(), k.data(), v.data(), dtype, 1, heads, shared, length, width, {heads * width, width},
+      {shared * of_head, of_head, width}, {shared * of_head, of_head, width},
+      masked ? mask.data() : nullptr, {0, 0}, 0.25, y.data()};
+  bool good = ar_attend(&runtime, &input) == 0;
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t base = h / (heads / shared) * of_head;
+    std::vector<double> weight(length);
+    double sum = 0;
+    for (int64_t s = 0; s < length; ++s) {
+      double score = 0;
+      for (int64_t d = 0; d < width; ++d)
+        score += as_double(q, h * width + d, dtype) * as_double(k, base + s * width + d, dtype);
+      weight[s] = masked && !mask[s] ? 0 : exp(0.25 * score);
+      sum += weight[s];
+    }
+    for (int64_t d = 0; d < width; ++d) {
+      double wanted = 0;
+      for (int64_t s = 0; s < length; ++s)
+        wanted += weight[s] / sum * as_double(v, base + s * width + d, dtype);
+      good &= near(as_double(y, h * width + d, dtype), wanted, 1, dtype);
+    }
+  }
+  expect(good, "attention", isa, dtype, Shape{heads, length, width}, shared);
+}
+
+void run_steps(int64_t isa) {
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    for (int64_t rows = 1; rows <= 4; ++rows)
+      for (const int64_t columns : {1, 15, 16, 77, 256})
+        for (const int64_t features : {1, 4, 19, 64}) run_floats(isa, dtype, features, columns, rows);
+    for (int64_t form = 0; form < 3; ++form)
+      for (const int64_t columns : {16, 80, 128}) run_norm(isa, dtype, 3, columns, form);
+    for (const bool masked : {false, true})
+      for (const int64_t length : {1, 15, 16, 37})
+        for (const int64_t width : {16, 80, 128}) {
+          run_attention(isa, dtype, 6, 2, length, width, masked);
+          run_attention(isa, dtype, 10, 1, length, width, masked);
+          run_attention(isa, dtype, 16, 8, length, width, masked);
+        }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -217,6 +327,7 @@ int main(int argc, char** argv) {
     float sum = 0;
     expect(ar_read(&runtime, buffer.data(), buffer.size(), &sum) == 0 && sum == 0, "read", isa, 0,
            kShapes[0], 0);
+    run_steps(isa);
     printf("%s: %d failures\n", ar_isa_name(isa), failures - before);
   }
   return failures != 0;

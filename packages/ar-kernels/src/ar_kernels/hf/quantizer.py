@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as stock
 
 from ar_kernels.backends.select import better_if_installed
+from ar_kernels.hf.decoding import speed_up
 from ar_kernels.hf.experts import (
     Conversion,
     find_experts,
@@ -211,6 +212,7 @@ class ArQuantizer(HfQuantizer):
                 if prefer is None and module.backend is not None:
                     better = better_if_installed(module.need(), backend(module.backend))
                     hints |= {} if better is None else {better: None}
+        used.update(speed_up(model))
         layers = ", ".join(f"{count} layers -> {what}" for what, count in used.items())
         _log.info("ar-kernels opened the %s checkpoint: %s", self.checkpoint.method, layers)
         for hint in list(hints)[:1]:

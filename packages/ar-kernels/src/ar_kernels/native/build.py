@@ -33,12 +33,13 @@ UNITS: dict[str, tuple[str, ...]] = {
     "kernel_portable": (),
     "pack": (),
     "api": (),
+    "api_steps": (),
 }
 """Sources, longest to compile first, and the instructions each may use."""
 _X86_ONLY = ("kernel_avx512_bf16", "kernel_avx512", "kernel_avx2")
 FLAGS = (
     *("-std=c++17", "-O3", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden"),
-    *("-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
+    *("-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-fno-math-errno"),
     # gcc 12 takes its own intrinsics' undefined values for ours
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )

@@ -17,7 +17,7 @@ from ar_kernels.weight import KernelError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ABI = 1
+ABI = 2
 PATH_ENV = "AR_NATIVE_LIBRARY"
 ISA_ENV = "AR_NATIVE_ISA"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -63,6 +63,51 @@ class Product(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("y_bytes", ctypes.c_int64),
+    )
+
+
+class Floats(ctypes.Structure):
+    """`ar_floats` of api.h."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+    )
+
+
+class NormInput(ctypes.Structure):
+    """`ar_norm_input` of api.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("x_bytes", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("form", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("epsilon", ctypes.c_double),
+        ("y", ctypes.c_void_p),
+    )
+
+
+class Attention(ctypes.Structure):
+    """`ar_attention` of api.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in "qkv"),
+        ("dtype", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "kv_heads", "length", "width")),
+        *((f"q{i}", ctypes.c_int64) for i in range(2)),
+        *((f"k{i}", ctypes.c_int64) for i in range(3)),
+        *((f"v{i}", ctypes.c_int64) for i in range(3)),
+        ("mask", ctypes.c_void_p),
+        *((f"mask{i}", ctypes.c_int64) for i in range(2)),
+        ("scale", ctypes.c_double),
+        ("y", ctypes.c_void_p),
     )
 
 
@@ -186,7 +231,9 @@ def check(status: int) -> None:
 
 def _declare(library: ctypes.CDLL) -> None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    runtime, weight, product = (ctypes.POINTER(s) for s in (Runtime, Weight, Product))
+    runtime, weight, product, floats, norm, attention = (
+        ctypes.POINTER(s) for s in (Runtime, Weight, Product, Floats, NormInput, Attention)
+    )
     arguments: dict[str, Sequence[Any]] = {
         "ar_runs": (number,),
         "ar_sizes": (pointer, pointer),
@@ -195,6 +242,9 @@ def _declare(library: ctypes.CDLL) -> None:
         "ar_multiply": (runtime, weight, product),
         "ar_multiply_experts": (runtime, weight, product, pointer, number),
         "ar_expand": (runtime, weight, number, number, number, pointer, number),
+        "ar_multiply_floats": (runtime, floats, product),
+        "ar_norm": (runtime, norm),
+        "ar_attend": (runtime, attention),
         "ar_read": (runtime, pointer, number, pointer),
     }
     for name, types in arguments.items():

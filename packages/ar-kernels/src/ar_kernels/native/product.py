@@ -52,14 +52,14 @@ def linear(
     """
     rows, columns = meta[ROWS], meta[COLUMNS]
     _check(x, columns)
-    flat = x.reshape(-1, columns)
     isa = _isa(isa, meta, x.dtype)
-    if len(flat) >= _EXPAND_FROM.get((isa, x.dtype), 1 << 62):
+    if x.numel() >= columns * _EXPAND_FROM.get((isa, x.dtype), 1 << 62):
+        flat = x.reshape(-1, columns)
         return _by_expansion(flat, blob, meta, bias, isa).view(*x.shape[:-1], rows)
-    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    product = _product(flat, out, bias)
+    product = product_of(x, out, bias)
     lib.check(lib.library().ar_multiply(lib.runtime(isa), lib.weight(blob, meta), product))
     return out
 
@@ -94,7 +94,7 @@ def experts_linear(
         if bias.shape != (meta[COUNT], meta[ROWS]):
             msg = f"bias is {list(bias.shape)}, the experts need {[meta[COUNT], meta[ROWS]]}"
             raise KernelError(msg)
-    product = _product(x, out, bias)
+    product = product_of(x, out, bias)
     lib.check(
         lib.library().ar_multiply_experts(
             *(lib.runtime(_isa(isa, meta, x.dtype)), lib.weight(blob, meta), product),
@@ -172,16 +172,18 @@ def _check(x: Tensor, columns: int) -> None:
         raise KernelError(msg)
 
 
-def _product(x: Tensor, out: Tensor, bias: Tensor | None) -> lib.Product:
-    """Return the arguments of a product as C takes them."""
-    if x.stride(-1) != 1 or x.stride(0) < 0:
+def product_of(x: Tensor, out: Tensor, bias: Tensor | None) -> lib.Product:
+    """Return the arguments of a product as C takes them: x [..., I], out and bias contiguous."""
+    columns = x.shape[-1]
+    if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1 or x.stride(0) < 0):
         x = x.contiguous()
-    rows, stride = len(x), x.stride(0)
-    reach = ((rows - 1) * stride + x.shape[1]) * x.itemsize if rows else 0
-    pointer = None if bias is None else bias.data_ptr()
+    size = x.itemsize
+    rows = x.numel() // columns
+    stride = x.stride(0) if x.dim() == 2 else columns
+    reach = ((rows - 1) * stride + columns) * size if rows else 0
     made = lib.Product(
-        *(x.data_ptr(), reach, rows, stride, lib.DTYPES[x.dtype], pointer),
-        *(out.data_ptr(), out.numel() * out.itemsize),
+        *(x.data_ptr(), reach, rows, stride, lib.DTYPES[x.dtype]),
+        *(None if bias is None else bias.data_ptr(), out.data_ptr(), out.numel() * size),
     )
     made.kept = (x, out, bias)  # what the pointers point to
     return made

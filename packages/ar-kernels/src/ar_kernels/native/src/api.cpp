@@ -1,26 +1,20 @@
 #include "api.h"
 
-#include <stdlib.h>
-
-#include "kernels.h"
 #include "pack.h"
+#include "runtime.h"
 
 namespace ar {
-namespace {
-
-constexpr int64_t kAbi = 1;
-constexpr int64_t kWorthAThread = 1 << 15;  // multiplications; a thread takes 2 to 5 us to wake
 
 #if defined(__x86_64__) && !defined(AR_PORTABLE_ONLY)
-bool has_avx2() {
+static bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-bool has_avx512() {
+static bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_bf16() {
+static bool has_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vbmi");
 }
@@ -37,35 +31,9 @@ const Kernels* kernels(int64_t isa) {
 const Kernels* kernels(int64_t isa) { return isa == 0 ? &kPortable : nullptr; }
 #endif
 
-template <class Fn>
-void call(int64_t begin, int64_t end, void* context) {
-  (*static_cast<Fn*>(context))(begin, end);
-}
+namespace {
 
-template <class Fn>
-void parallel(const ar_runtime* rt, int64_t n, int64_t grain, Fn&& fn) {
-  if (n <= 0) return;
-  if (rt->parallel == nullptr || n <= grain) return fn(int64_t(0), n);
-  rt->parallel(0, n, grain, call<Fn>, &fn);
-}
-
-int width_of(int64_t dtype) { return dtype == kF32 ? 4 : 2; }
-
-// Memory that goes away with its scope; on the stack where it is small.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { free(memory_); }
-  void* get(int64_t bytes) {
-    memory_ = aligned_alloc(64, size_t(ceil_div(bytes, 64) * 64));
-    return memory_;
-  }
-
- private:
-  void* memory_ = nullptr;
-};
+constexpr int64_t kAbi = 2;
 
 struct Weights {
   Format format;

@@ -35,6 +35,36 @@ typedef struct {
   int64_t y_bytes;
 } ar_product;
 
+// A weight of plain floats, [features][columns] without gaps, in the type of the product.
+typedef struct {
+  const void* values;
+  int64_t bytes, features, columns;
+} ar_floats;
+
+typedef struct {
+  const void* x;
+  int64_t x_bytes;       // readable from x on
+  int64_t rows, columns, stride;
+  int64_t dtype;         // of x, weight and y
+  int64_t form;          // 0: rounded, then times the weight; 1: times 1 + weight; 2: times weight
+  const void* weight;    // [columns]
+  double epsilon;
+  void* y;               // [rows][columns], contiguous
+} ar_norm_input;
+
+// One query for each head; strides in elements: of sequences, heads, tokens. Keys and values reach
+// as far as lengths and strides say; values lie side by side within a head.
+typedef struct {
+  const void *q, *k, *v;
+  int64_t dtype;         // of q, k, v and y
+  int64_t sequences, heads, kv_heads, length, width;
+  int64_t q_stride[2], k_stride[3], v_stride[3];
+  const uint8_t* mask;   // bytes, 0: not seen; a token's next to the last one's; or null
+  int64_t mask_stride[2];
+  double scale;
+  void* y;               // [sequences][heads][width], contiguous
+} ar_attention;
+
 AR_API int64_t ar_abi(void);
 // Tells whether this processor runs an instruction set.
 AR_API int32_t ar_runs(int64_t isa);
@@ -52,6 +82,12 @@ AR_API int32_t ar_multiply_experts(const ar_runtime*, const ar_weight*, const ar
 // Writes features [begin, end) of a weight as out[end - begin][columns]; begin is a multiple of 64.
 AR_API int32_t ar_expand(const ar_runtime*, const ar_weight*, int64_t begin, int64_t end,
                          int64_t dtype, void* out, int64_t out_bytes);
+// The product with a float weight, for at most 4 rows of x.
+AR_API int32_t ar_multiply_floats(const ar_runtime*, const ar_floats*, const ar_product*);
+// Rows of x divided by their root mean square, times a weight; columns are a multiple of 16.
+AR_API int32_t ar_norm(const ar_runtime*, const ar_norm_input*);
+// Softmax attention of one token; the width of a head is a multiple of 16, at most 512.
+AR_API int32_t ar_attend(const ar_runtime*, const ar_attention*);
 // Reads a buffer with every thread; what the memory gives.
 AR_API int32_t ar_read(const ar_runtime*, const uint8_t* buffer, int64_t bytes, float* out);
 

@@ -2,6 +2,7 @@
 #include "v512.h"
 
 #include "kernel_simd.h"
+#include "steps.h"
 
 namespace ar {
 
@@ -9,7 +10,10 @@ void expand_avx512(const Job& job, int64_t origin, int64_t begin, int64_t end) {
   expand<V512>(job, origin, begin, end);
 }
 
+extern const Steps kSteps512 = {widen<V512>, float_product<V512>, norm<V512>, attend<V512>};
+
 extern const Kernels kAvx512 = {"avx512",       {1, 1, 1},     4, 0, prepare<V512>,
-                                multiply<V512>, expand_avx512, read_all<V512>};
+                                multiply<V512>, expand_avx512, read_all<V512>,
+                                &kSteps512};
 
 }  // namespace ar

@@ -374,6 +374,7 @@ void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1}, 4, kInPlaceRows,
-                                    prepare_bf16,  multiply_bf16, expand_avx512, read_all<V>};
+                                    prepare_bf16,  multiply_bf16, expand_avx512, read_all<V>,
+                                    &kSteps512};
 
 }  // namespace ar

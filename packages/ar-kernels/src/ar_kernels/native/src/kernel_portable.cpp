@@ -3,6 +3,7 @@
 
 #include "kernel_f32.h"
 #include "lanes.h"
+#include "steps.h"
 
 namespace ar {
 namespace {
@@ -44,7 +45,10 @@ void expand(const Job& job, int64_t origin, int64_t begin, int64_t end) {
 
 }  // namespace
 
+static constexpr Steps kSteps = {widen<V1>, float_product<V1>, norm<V1>, attend<V1>};
+
 extern const Kernels kPortable = {"portable", {1, 1, 1}, 4,        0,
-                                  prepare<V1>, multiply,  expand,   read_all<V1>};
+                                  prepare<V1>, multiply,  expand,   read_all<V1>,
+                                  &kSteps};
 
 }  // namespace ar

@@ -31,6 +31,53 @@ inline float zero_bias(const Format& f, const uint8_t* blob) {
   return f.groups ? reinterpret_cast<const float*>(blob)[kZeroBias] : 0.0f;
 }
 
+constexpr int kFloatRows = 4;    // most rows of x for a product with a float weight
+constexpr int kMostWidth = 512;  // of an attention head
+
+// A product with a float weight [features][columns] in the type of x.
+struct FloatJob {
+  const void* w;
+  int64_t features, columns;
+  const void* x;
+  int64_t x_stride, rows;
+  int dtype;
+  const float* bias;
+  void* y;         // [rows][features]
+  float* wide;     // x in float32, [rows][depth]
+  int64_t depth;   // columns and zeros behind them
+};
+
+enum NormForm { kNormRoundsFirst = 0, kNormAddsOne = 1, kNormPlain = 2 };
+
+struct NormJob {
+  const void* x;
+  int64_t x_stride, columns;
+  int dtype, form;
+  const void* weight;
+  float epsilon;
+  void* y;
+};
+
+// One query for each head of each sequence; strides of sequences, heads and tokens, in elements.
+struct AttentionJob {
+  const void *q, *k, *v;
+  int64_t heads, kv_heads, length, width;
+  int64_t q_stride[2], k_stride[3], v_stride[3], mask_stride[2];
+  const uint8_t* mask;  // bytes, 0: not seen; or null
+  int dtype;
+  float scale;
+  float* scores;        // [sequences][heads][length]
+  int64_t task_heads;
+  void* y;              // [sequences][heads][width]
+};
+
+struct Steps {
+  void (*widen)(const FloatJob&);
+  void (*product)(const FloatJob&, int64_t begin, int64_t end);  // in units of 16 features
+  void (*norm)(const NormJob&, int64_t begin, int64_t end);      // rows
+  void (*attend)(const AttentionJob&, int64_t begin, int64_t end);
+};
+
 struct Kernels {
   const char* name;
   int pieces[3];     // virtual rows for a row of fp32, fp16, bf16
@@ -42,7 +89,10 @@ struct Kernels {
   // feature 0 of y being that of strip `origin`.
   void (*expand)(const Job&, int64_t origin, int64_t strip_begin, int64_t strip_end);
   float (*read)(const uint8_t*, int64_t bytes);
+  const Steps* steps;
 };
+
+extern const Steps kSteps512;
 
 void expand_avx512(const Job&, int64_t origin, int64_t strip_begin, int64_t strip_end);
 
