@@ -266,8 +266,13 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
                     yield BlockOutcome(index, name, result, seconds, restored)
                 if left[index] == 0:
                     job.part(index)
+    yield from _missed(job, left)
+
+
+def _missed(job: Job, left: Mapping[int, int]) -> Iterator[BlockOutcome]:
+    """Round the blocks that no sample came by."""
     for index in uncalled(job, left):
-        text = f"no sample comes by {blocks[index].name}, so it is rounded to nearest"
+        text = f"no sample comes by {job.blocks[index].name}, so it is rounded to nearest"
         job.note("warning", text)
         yield _blind(dataclasses.replace(job, algorithm=Rtn()), index)
         job.part(index)
