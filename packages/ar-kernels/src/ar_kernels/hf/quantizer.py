@@ -32,6 +32,7 @@ from ar_kernels.hf.experts import (
     take_apart,
 )
 from ar_kernels.hf.load import layer_openings
+from ar_kernels.hf.memory import Returning
 from ar_kernels.hf.stacked import Stack, await_tensors, find_stacks, unstack
 from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
 from ar_kernels.hf.understand import understand
@@ -39,7 +40,7 @@ from ar_kernels.linear import QuantLinear
 from ar_kernels.registry import backend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from ar_kernels.hf.load import Opening
 
@@ -139,6 +140,7 @@ class ArQuantizer(HfQuantizer):
 
     requires_calibration = True  # float models are not quantized while they are loaded
     _unfused: Collection[tuple[str, ...]] = ()
+    _files: Sequence[str] = ()
     _stacks: Collection[tuple[Stack, Callable[[str], nn.Module]]] = ()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -155,6 +157,7 @@ class ArQuantizer(HfQuantizer):
             if isinstance(module, (nn.Linear, Conv1D))
         }
         shapes = {name: _shape(module) for name, module in linears.items()}
+        self._files = checkpoint_files or ()
         facts = stored_facts(checkpoint_files)
         rename = _Renaming(model)
         files = {} if facts is None else stored_modules(facts)
@@ -201,18 +204,24 @@ class ArQuantizer(HfQuantizer):
         prefer = None if wanted in _NO_CHOICE else wanted
         used: Counter[str] = Counter()
         hints: dict[str, None] = {}
+        returning = Returning(self._files)
         for stack, make in self._stacks:
-            unstack(model.get_submodule(stack.name), stack, make, prefer)
+            for tensor in unstack(model.get_submodule(stack.name), stack, make, prefer):
+                returning.done_with([tensor])
         self._stacks = ()
         for module in model.modules():
             if isinstance(module, QuantLinear) and module.device.type != "meta":
                 if module.backend is None:
+                    loaded = dict(module.named_buffers())
                     module.prepare(prefer)
+                    kept = dict(module.named_buffers()).keys()
+                    returning.done_with(loaded.pop(name) for name in loaded.keys() - kept)
                 used[f"{module.backend} ({module.spec})"] += 1
                 if prefer is None and module.backend is not None:
                     better = better_if_installed(module.need(), backend(module.backend))
                     hints |= {} if better is None else {better: None}
         used.update(speed_up(model))
+        returning.finish()
         layers = ", ".join(f"{count} layers -> {what}" for what, count in used.items())
         _log.info("ar-kernels opened the %s checkpoint: %s", self.checkpoint.method, layers)
         for hint in list(hints)[:1]:

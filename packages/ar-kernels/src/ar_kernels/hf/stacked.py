@@ -21,7 +21,7 @@ from ar_kernels.linear import QuantLinear
 from ar_kernels.weight import KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -115,8 +115,8 @@ def await_tensors(module: nn.Module, stack: Stack) -> None:
 
 def unstack(
     module: nn.Module, stack: Stack, make: Callable[[str], nn.Module], prefer: str | None
-) -> None:
-    """Give every expert its layers, prepared, in place of the loaded tensors.
+) -> Iterator[Tensor]:
+    """Give every expert its layers, prepared; yield the loaded tensors as they are done with.
 
     Args:
         module: the experts module, its stacked tensors loaded.
@@ -144,6 +144,7 @@ def unstack(
                 shape = layer.get_buffer(suffix).shape
                 layer.register_buffer(suffix, tensor[number].reshape(shape))
             layer.prepare(prefer)
+        yield from mine.values()
     module.register_state_dict_post_hook(_stack_again)
     module.register_load_state_dict_pre_hook(_take_apart)
 

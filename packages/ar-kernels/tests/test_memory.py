@@ -1,0 +1,55 @@
+"""Memory given back while a checkpoint is repacked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ar_kernels.hf.memory import Returning, _pages
+
+safetensors = pytest.importorskip("safetensors")
+storing = pytest.importorskip("safetensors.torch")
+PAGE = 4096
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def resident(what: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+@linux
+def test_pages_of_a_mapped_file_go_and_come_back(tmp_path) -> None:
+    path, size = tmp_path / "a.safetensors", 2**25
+    storing.save_file({"a": torch.arange(size // 4, dtype=torch.int32)}, path)
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        tensor = file.get_slice("a")[...]
+        total = int(tensor.sum(dtype=torch.int64))  # touches every page
+        before = resident("RssFile")
+        Returning([path]).done_with([tensor])
+        assert before - resident("RssFile") > size * 0.9
+        assert int(tensor.sum(dtype=torch.int64)) == total
+
+
+@linux
+def test_memory_that_is_no_file_of_the_checkpoint_stays(tmp_path) -> None:
+    path = tmp_path / "a.safetensors"
+    storing.save_file({"a": torch.ones(2**23, dtype=torch.int32)}, path)
+    mine = torch.ones(2**23, dtype=torch.int32)
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        tensor = file.get_slice("a")[...]
+        tensor.sum()
+        before = resident("RssFile")
+        Returning([tmp_path / "b.safetensors"]).done_with([mine, tensor])
+        assert resident("RssFile") > before - 2**20
+    assert bool((mine == 1).all())
+
+
+def test_only_whole_pages_inside_files_are_given_back() -> None:
+    files = [(10 * PAGE, 20 * PAGE)]
+    assert _pages([(11 * PAGE - 5, 13 * PAGE + 5)], files) == [(11 * PAGE, 13 * PAGE)]
+    assert _pages([(11 * PAGE + 5, 12 * PAGE - 5)], files) == []
+    assert _pages([(19 * PAGE, 21 * PAGE)], files) == []
