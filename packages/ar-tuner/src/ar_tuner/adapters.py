@@ -82,6 +82,10 @@ class GenericAdapter:
         weight = module.weight
         if isinstance(weight, torch.Tensor) and weight.ndim == 2 and min(weight.shape) == 1:
             return "single output: a gate"
+        own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        if own and not self.is_router(name, module):
+            # readers put layers of their own in its place, which only multiply
+            return f"multiplies in a way of its own ({type(module).__name__})"
         return None
 
     def is_router(self, name: str, module: nn.Module) -> bool:
