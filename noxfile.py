@@ -48,6 +48,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def sweep(session: nox.Session) -> None:
+    """Every type of language model that Transformers has, through every step (half an hour)."""
+    arguments = session.posargs or ["--jobs", "2", "--again"]
+    session.run(sys.executable, "tests/sweep/run.py", *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """The documents: generated parts are current, links lead somewhere, commands agree."""
     session.run(sys.executable, "scripts/generate_docs.py", "--check")

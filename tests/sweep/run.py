@@ -4,7 +4,11 @@
     python tests/sweep/run.py --again         # those that failed, too
     python tests/sweep/run.py llama gemma3    # these, again
 
-Records go to `out/sweep.jsonl`, one line each, and are compared with `expected.toml` at the end.
+    python tests/sweep/run.py --write         # only the tables, from the records that there are
+
+Records go to `out/sweep.jsonl`, one line each; a sweep that was cut short goes on where it was. At
+the end they are held against `expected.toml`. `--write` makes the tables of them: docs/models.md
+and what `ar models` lists.
 """
 
 from __future__ import annotations
@@ -19,15 +23,16 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expectations import surprises
+from table import write_tables
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkContext, ForkProcess
     from multiprocessing.queues import Queue
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240.0
-"""Seconds after which a type is given up."""
+EXPECTED = Path(__file__).with_name("expected.toml")
+PATIENCE = 1800.0
+"""Seconds after which a type is given up: hundreds of times what it takes on an idle machine."""
 
 
 def main() -> int:
@@ -36,23 +41,31 @@ def main() -> int:
     parser.add_argument("types", nargs="*")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="also those that failed before")
+    parser.add_argument("--write", action="store_true", help="write the tables, check nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "sweep.jsonl")
     asked = parser.parse_args()
     quiet()
     from ar_tuner.testing import image_text_types, text_types
+    from ar_tuner.testing.known import read_known, surprise
 
     every = sorted(text_types() | image_text_types())
     known = read(asked.out)
     done = {t for t, r in known.items() if r["failed"] is None or not asked.again}
-    types = asked.types or [t for t in every if t not in done]
+    types = asked.types or sorted((t for t in every if t not in done), key=lambda t: t in known)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
+    if asked.write:
+        types = []
     sweep(types, jobs=asked.jobs, out=asked.out)
     known = read(asked.out)
+    failures = read_known(EXPECTED)
     if not asked.types:
         write(asked.out, {t: known[t] for t in every if t in known})
     passed = sum(1 for r in known.values() if r["failed"] is None)
     print(f"{passed} of {len(every)} types pass every step")
-    wrong = surprises(known)
+    if asked.write:
+        write_tables(ROOT, known, failures)
+    found = (surprise(record, failures) for record in known.values())
+    wrong = [text for text in found if text is not None]
     print("\n".join(wrong))
     return 1 if wrong else 0
 

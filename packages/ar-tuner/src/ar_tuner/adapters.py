@@ -98,15 +98,19 @@ class GenericAdapter:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Tell whether a layer takes [B, I] to [B, O], as any linear layer that replaces it would.
+    """Tell whether a layer does what any linear layer that replaces it would.
 
     (Not so a grouped output projection that is a linear layer by class only, DeepSeek-V4's.)
     """
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return True
     weight = module.weight
-    rows = torch.zeros(2, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    count, width = 2, weight.shape[1]
+    rows = torch.arange(1.0, count * width + 1, device=weight.device).view(count, width) / width
+    rows = rows.to(weight.dtype)
     with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, IndexError):
         made = module(rows)
-        return isinstance(made, torch.Tensor) and tuple(made.shape) == (2, weight.shape[0])
+        plain = nn.functional.linear(rows, weight, module.bias)
+        alike = isinstance(made, torch.Tensor) and made.shape == plain.shape
+        return alike and (made.is_meta or torch.allclose(made, plain))
     return False

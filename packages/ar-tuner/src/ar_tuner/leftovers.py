@@ -12,6 +12,7 @@ from ar_tuner.events import Note
 from ar_tuner.experts import as_in_files
 from ar_tuner.parts import WeightRef
 from ar_tuner.pipeline import Job, install
+from ar_tuner.wiring import read
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ar_kernels import QuantizedWeight
     from ar_tuner.api import AutoRound, Prepared
+    from ar_tuner.wiring import Piece
 
 
 def unreached(prepared: Prepared, job: Job) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -52,6 +54,7 @@ def source_names(request: AutoRound, prepared: Prepared) -> dict[str, str]:
     found = request.wiring(prepared.model).names | parts
     if request.source is None:
         return found
+    found |= {name: name for piece in _cut(request, prepared) for name in piece.targets}
     lost = [r.layer.name for r in prepared.plan.quantized if f"{r.layer.name}.weight" not in found]
     if lost:
         msg = (
@@ -74,12 +77,31 @@ def untouched(
         # of experts that are single in the files, too, `written` has the names
         fused = [pieces[name].sources for name in apart]
         gone = written | tied | {names[0] for names in fused if len(names) == 1}
+        cut = _cut(request, prepared)
+        gone |= {piece.sources[0] for piece in cut}
         yield from found.source.read(k for k in found.source.names if k not in gone)
+        for name, tensor in read(cut, found.source, lambda _: found.source.dtype):
+            if name not in written:
+                yield name, tensor
         return
     state = {k: t.detach() for k, t in prepared.model.state_dict().items() if k not in apart}
     for key, tensor in as_in_files(prepared.model, state).items():
         if key not in written and key not in tied:
             yield key, tensor.cpu()
+
+
+def _cut(request: AutoRound, prepared: Prepared) -> list[Piece]:
+    """Return the tensors of the source that the model cuts into several, some of them quantized.
+
+    Their parts are written one by one, under the names that the model has for them: Transformers
+    takes those as they are.
+    """
+    planned = {f"{r.layer.name}.weight" for r in prepared.plan.quantized}
+    return [
+        piece
+        for piece in request.blueprint().wiring.pieces.values()
+        if len(piece.sources) == 1 and len(piece.targets) > 1 and planned & set(piece.targets)
+    ]
 
 
 def _parts(prepared: Prepared) -> list[WeightRef]:

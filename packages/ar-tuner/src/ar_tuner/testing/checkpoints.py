@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from ar_tuner.errors import TunerError
+from ar_tuner.experts import own_wiring
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,18 +35,22 @@ def shapes(folder: Path) -> Shapes:
     return out
 
 
-def audit(source: Path, made: Path) -> None:
+def audit(source: Path, made: Path, model: nn.Module) -> None:
     """Compare the tensors of a quantized checkpoint with those it was made from, by name.
 
     The names have to be the same but for the endings that quantized weights have. Experts that the
-    source holds in one tensor may be there one by one.
+    source holds in one tensor may be there one by one, and so may what the model cuts apart.
 
     Raises:
         TunerError: names that are missing or in excess, all of them.
     """
-    had = shapes(source)
+    had, apart = shapes(source), cut_names(model)
     has = {_plain(name) for name in shapes(made)}
     missing, extra = set(had) - has, has - set(had)
+    for joined, parts in apart.items():
+        if joined in missing and parts <= extra:
+            missing -= {joined}
+            extra -= parts
     fused: dict[str, list[str]] = {}
     for name in missing:
         if len(had[name]) == _FUSED:
@@ -59,6 +64,16 @@ def audit(source: Path, made: Path) -> None:
         msg = f"missing {len(missing)}: {sorted(missing)[:4]}; in excess {len(extra)}: "
         msg += f"{sorted(extra)[:4]}"
         raise TunerError(msg)
+
+
+def cut_names(model: nn.Module) -> dict[str, set[str]]:
+    """Return the tensors of files that a model cuts into several, with the names of those."""
+    pieces = own_wiring(model).pieces.values()
+    return {
+        piece.sources[0]: set(piece.targets)
+        for piece in pieces
+        if len(piece.sources) == 1 and len(piece.targets) > 1
+    }
 
 
 def reload(folder: Path, kind: Any) -> nn.Module:

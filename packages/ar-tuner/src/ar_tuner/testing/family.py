@@ -25,6 +25,7 @@ from ar_tuner.errors import TunerError
 from ar_tuner.events import BlockDone, Note
 from ar_tuner.registry import find_adapter
 from ar_tuner.testing.checkpoints import audit, reload
+from ar_tuner.testing.images import image_batch
 from ar_tuner.testing.tiny import image_text_types, text_types, tiny_model, tiny_rows
 from ar_tuner.testing.walking import (
     CLOSE,
@@ -166,12 +167,15 @@ def _build(subject: _Subject) -> None:
 
 
 def _forward(subject: _Subject) -> None:
-    """Make the batches: rows that are full, and rows of which some begin with padding."""
+    """Make the batches: full rows, rows of which one begins with padding, a row with an image."""
     plain = dict(subject.adapter.inputs(subject.model, tiny_rows(2)))
     logits_of(subject.model, subject.adapter, plain)
     subject.batches = [plain, padded(plain)]
     logits_of(subject.model, subject.adapter, subject.batches[1])
-    subject.record.facts["calibration"] = "text"
+    entry = subject.adapter.entry(subject.model)
+    image = image_batch(subject.model, entry) if subject.record.kind != "text" else None
+    subject.batches += [] if image is None else [image]
+    subject.record.facts |= {"calibration": "text", "images": image is not None}
 
 
 def padded(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,7 +290,7 @@ def _folders(subject: _Subject) -> dict[str, Path]:
 
 def _names(subject: _Subject) -> None:
     for path in _folders(subject).values():
-        audit(subject.folder / "source", path)
+        audit(subject.folder / "source", path, subject.model)
 
 
 def _reload(subject: _Subject) -> None:

@@ -247,8 +247,9 @@ def _fill(model: nn.Module, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             fresh = torch.randn(parameter.shape, generator=generator) * _SPREAD
             odd = not torch.isfinite(parameter).all() or parameter.abs().max() > _LARGEST
-            if parameter.numel() and (parameter.ndim > 1 or odd):
+            shut = not parameter.any() and not name.endswith("bias")  # a gate that lets nothing by
+            if parameter.numel() and (parameter.ndim > 1 or odd or shut):
                 parameter.copy_(fresh)

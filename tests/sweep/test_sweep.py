@@ -1,0 +1,63 @@
+"""Families of every kind of trouble on their way through all steps; `nox -s sweep` has them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ar_tuner.testing.family import check_family
+from ar_tuner.testing.known import read_known, surprise
+
+pytest.importorskip("transformers")
+
+KNOWN = read_known(Path(__file__).with_name("expected.toml"))
+TROUBLE = {
+    "plain": ("llama", "qwen3", "phi3", "olmo2"),
+    "sliding masks": ("gemma2", "gemma3_text", "olmo3", "cohere2", "exaone4"),
+    "shared keys and values": ("gemma3n_text", "gemma4_text", "gemma4_unified_text"),
+    "features between blocks (DeepStack)": ("qwen3_vl", "granite4_vision"),
+    "fused experts": ("qwen3_moe", "mixtral", "glm4_moe"),
+    "fused experts, turned": ("gpt_oss", "aria_text"),
+    "fused experts, their own layout": ("llama4_text", "granitemoe", "jetmoe", "dbrx"),
+    "experts without gates, and state spaces": ("granitemoehybrid",),
+    "latent attention": ("deepseek_v3", "deepseek_v4", "minicpm3"),
+    "Conv1D": ("gpt2",),
+    "parallel blocks": ("gptj", "falcon", "phi", "cohere"),
+    "state spaces": ("mamba", "mamba2", "bamba", "zamba2", "jamba"),
+    "linear attention": ("qwen3_next", "qwen3_5_text", "lfm2", "rwkv"),
+    "tied heads": ("opt", "bloom", "mpt"),
+    "cross-attention": ("mllama", "bart"),
+    "blocks called many times": ("hrm_text",),
+    "eyes": ("llava", "gemma3", "qwen2_5_vl", "idefics3", "llama4"),
+    "token ids in blocks": ("qwen4_exp_text",),
+}
+CASES = [(trouble, kind) for trouble, kinds in TROUBLE.items() for kind in kinds]
+
+
+@pytest.mark.parametrize(("trouble", "kind"), CASES, ids=[kind for _, kind in CASES])
+def test_a_family_passes_every_step(trouble: str, kind: str) -> None:
+    record = check_family(kind)
+    assert surprise(record.to_dict(), KNOWN) is None, trouble
+
+
+def test_at_least_forty_families_are_tried() -> None:
+    assert len({kind for _, kind in CASES}) == len(CASES) >= 40
+
+
+@pytest.mark.parametrize(
+    ("failed", "known", "said"),
+    [
+        (None, None, None),
+        ("walk", "walk", None),
+        ("walk", None, "fails at walk: boom"),
+        (None, "walk", "remove it"),
+        ("tuning", "walk", "at tuning, not at walk"),
+    ],
+    ids=["passes", "known", "new", "mended", "elsewhere"],
+)
+def test_only_what_is_not_known_is_a_surprise(failed, known, said) -> None:
+    record = {"model_type": "x", "failed": failed, "error": "boom", "place": ""}
+    listed = {} if known is None else {"x": {"step": known, "reason": "noise"}}
+    found = surprise(record, listed)
+    assert found is None if said is None else said in (found or "")
