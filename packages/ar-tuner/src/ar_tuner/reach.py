@@ -60,8 +60,8 @@ def _moved(job: Job, call: Call) -> list[str]:
     output = hidden(job.route(call.index).run(run, call.args, call.kwargs))
     if not output.requires_grad:
         return []
-    gradients = torch.autograd.grad(
-        output.float().square().sum(), list(weights.values()), allow_unused=True
-    )
+    with torch.enable_grad():
+        size = output.float().square().sum()
+    gradients = torch.autograd.grad(size, list(weights.values()), allow_unused=True)
     found = {n for n, g in zip(weights, gradients, strict=True) if g is not None and g.any()}
     return [t.ref.layer for t in targets if t.ref.parameter in found]
