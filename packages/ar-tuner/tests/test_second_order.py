@@ -383,6 +383,25 @@ def test_a_layer_that_adds_into_the_blocks_output_is_told_by_trial() -> None:
     assert shares["b.q"] == shares["b.k"] == shares["b.up"] == 0
 
 
+class Normed(torch.nn.Module):
+    """A block whose only layer is normalized before it is added, as in Gemma 2, 3 and GLM-4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x + torch.nn.functional.rms_norm(self.down(x), (WIDTH,), eps=1e-3),)
+
+
+def test_a_layer_that_is_normalized_before_it_is_added_has_no_share() -> None:
+    made = task(layers=("down",))
+    block = Normed().requires_grad_(requires_grad=False)
+    block.down.weight.mul_(0.1)
+    normed = dataclasses.replace(made, block=block)
+    assert added_share(normed, normed.targets[0]) == 0
+
+
 def test_later_layers_see_what_quantized_ones_give() -> None:
     made = task("W2A16")
     down = next(t for t in made.targets if t.ref.layer == "b.down")

@@ -106,7 +106,7 @@ def layers_of(model: nn.Module, discovery: Discovery, adapter: ModelAdapter) -> 
     head = _output_head(model)
     embedding = _input_embedding(model)
     for name, module in model.named_modules():
-        block = next((b for b in owner if name.startswith(f"{b}.")), None)
+        block = next((b for b in owner if name == b or name.startswith(f"{b}.")), None)
         if isinstance(module, nn.Embedding) and module is embedding:
             rows, columns = module.weight.shape
             yield LayerInfo(name, rows, columns, None, role="embedding")
@@ -133,11 +133,17 @@ def weights_of(block: Block, layers: list[str]) -> list[WeightRef]:
     out = []
     wanted = set(layers)
     for name, module in block.module.named_modules():
-        full = f"{block.name}.{name}"
+        full = f"{block.name}.{name}" if name else block.name  # a projector may be one layer
         if full in wanted and is_linear(module):
             transposed = not isinstance(module, nn.Linear)
-            out.append(WeightRef(full, f"{name}.weight", transposed))
+            out.append(WeightRef(full, f"{name}.weight" if name else "weight", transposed))
     return out + [ref for ref in block.experts.parts if ref.layer in wanted]
+
+
+def list_of(block: str) -> str:
+    """Return the list that a block is in; the block itself where it is in none (a projector)."""
+    path, _, number = block.rpartition(".")
+    return path if number.isdecimal() else block
 
 
 def is_linear(module: nn.Module) -> bool:

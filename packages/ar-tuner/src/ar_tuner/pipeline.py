@@ -14,7 +14,7 @@ from ar_tuner.activations import is_static, quantized_activations, static_ranges
 from ar_tuner.algorithms.base import BlockResult, Target, TuneSettings
 from ar_tuner.algorithms.importance import metered
 from ar_tuner.algorithms.rtn import Rtn
-from ar_tuner.blocks import weights_of
+from ar_tuner.blocks import list_of, weights_of
 from ar_tuner.carry import Route
 from ar_tuner.compiling import Forward, plain
 from ar_tuner.memory import trim
@@ -219,7 +219,7 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
     left = Counter(index for span in spans for index in span)
     done: dict[int, BlockResult] = {}
     replaced: dict[int, dict[str, Tensor]] = {}
-    errors: list[float] = []
+    errors: dict[str, list[float]] = {}  # by list: blocks of a tower are no measure for others
     weights = token_weights(job) if job.weigh_tokens else None
     with suspended(entry, modules, batches * (2 if job.quantized_inputs else 1)) as frames:
         for position, span in enumerate(spans):
@@ -242,7 +242,8 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
                 firsts = [f.call for f in quants or floats if f.call is not None]
                 counted = None if weights is None else weights[min(span[-1], len(weights) - 1)]
                 material = Material(firsts, passages, energy, counted, [samples[i] for i in here])
-                results, restored = quantize_span(job, span, material, errors)
+                near = errors.setdefault(list_of(blocks[span[0]].name), [])
+                results, restored = quantize_span(job, span, material, near)
                 del firsts, material
                 for index in span:  # folded, where it is to be
                     job.entered(index)
@@ -288,7 +289,7 @@ def _spans(job: Job, entry: nn.Module, modules: Sequence[nn.Module]) -> list[tup
     order = orders[-1]
     check_ordered(job, orders)
     check_called(job, order)
-    lists = [f"{b.name.rpartition('.')[0]} {job.route(i).there}" for i, b in enumerate(job.blocks)]
+    lists = [f"{list_of(b.name)} {job.route(i).there}" for i, b in enumerate(job.blocks)]
     spans = windows(order, lists, job.window)
     check_chained(entry, modules, spans, examples[-1], run=job.visit)
     return spans

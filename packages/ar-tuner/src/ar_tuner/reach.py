@@ -68,10 +68,13 @@ def unreached_by(job: Job, example: Mapping[str, object]) -> list[str]:
         if call.index < len(job.discovery.blocks):
             block = job.blocks[call.index]
             refs = [t.ref for t in job.targets(block)]
-            missed = {r.layer for r in unreached(block.module, refs, call.args, call.kwargs)}
-            for ref in refs:
-                if ref.layer not in missed:
-                    reached[_EXPERT.sub(".experts.*.", ref.layer)] = True
+
+            def felt(*args: object, **kwargs: object) -> None:
+                missed = unreached(block.module, refs, args, kwargs)
+                found = {r.layer for r in refs} - {r.layer for r in missed}
+                reached.update(dict.fromkeys((_EXPERT.sub(".experts.*.", x) for x in found), True))
+
+            job.route(call.index).run(felt, call.args, call.kwargs)
         return job.visit(call)
 
     modules = [block.module for block in job.blocks]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from ar_tuner.blocks import list_of
 from ar_tuner.compiling import Compiled
 from ar_tuner.loading import read_config
 from ar_tuner.renaming import plan_in_files
@@ -65,13 +66,7 @@ def _block_lists(plan: LayerPlan) -> tuple[str, ...]:
     # layers that are not in the model have blocks of their own, which are no block lists
     quantized = {r.layer.block for r in plan.quantized}
     blocks = (b for r in plan.rows if (b := r.layer.block) is not None and b in quantized)
-    return tuple(dict.fromkeys(_list_of(b) for b in blocks))
-
-
-def _list_of(block: str) -> str:
-    """Return the list that a block is in; the block itself where it is in none (a projector)."""
-    path, _, number = block.rpartition(".")
-    return path if number.isdecimal() else block
+    return tuple(dict.fromkeys(list_of(b) for b in blocks))
 
 
 def _side(prepared: Prepared) -> Callable[[Path], None]:

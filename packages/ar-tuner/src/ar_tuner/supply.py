@@ -49,6 +49,9 @@ def rows_by_use(request: AutoRound, tokenizer: Any, model: nn.Module) -> Rows:
         request.emit(note)
     staged = numbers is not None and (rows.held_out is not None or not texts)
     others = Others.shared_out(samples, seen, stage=staged)
+    if len(samples) < seen:
+        text = f"calibration: {len(samples)} samples with images, fewer than the {seen} asked for"
+        request.emit(events.Note("warning", text))
     tokens = sum(sample["input_ids"].numel() for sample in others.walk)
     seconds = time.perf_counter() - began
     request.emit(

@@ -132,6 +132,9 @@ class ImageCalibration:
         """
         builder = self._builder(seqlen)
         drawn = self._drawn(count, seed)
+        if not drawn:
+            msg = "the samples with images are none: the data holds no record"
+            raise VlmError(msg)
         built = [builder.built(sample) for sample in drawn]
         kind = getattr(getattr(model, "config", None), "text_config", None)
         _check_ids([b.inputs for b in built], getattr(kind, "vocab_size", None))

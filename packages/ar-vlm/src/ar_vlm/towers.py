@@ -64,20 +64,16 @@ def further_blocks(model: nn.Module, lists: Sequence[str]) -> tuple[str, ...]:
 
 def _units(module: nn.Module, name: str, layers: Sequence[str]) -> Iterator[str]:
     """Yield the blocks in a module that hold some of the named layers."""
-    inside = [layer for layer in layers if layer.startswith(f"{name}.") or not name]
+    inside = [x for x in layers if not name or x == name or x.startswith(f"{name}.")]
     if not inside:
         return
-    holds_text = any(is_linear(m) and f"{name}.{n}" not in layers for n, m in _named(module))
+    linears = (f"{name}.{n}".rstrip(".") for n, m in module.named_modules() if is_linear(m))
+    holds_text = any(x not in layers and kept_part(x) is None for x in linears)
     if name and not holds_text and _runs(module) and not _is_stack(module):
         yield name
         return
     for child, part in module.named_children():
-        if not is_linear(part):
-            yield from _units(part, f"{name}.{child}".removeprefix("."), inside)
-
-
-def _named(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from ((n, m) for n, m in module.named_modules() if not kept_part(n))
+        yield from _units(part, f"{name}.{child}".removeprefix("."), inside)
 
 
 def _runs(module: nn.Module) -> bool:

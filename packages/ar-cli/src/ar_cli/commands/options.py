@@ -38,6 +38,19 @@ _PLAN_OPTIONS = (
         "apply_chat_template, system_prompt=TEXT, key=FIELD, subset=NAME. Default: an embedded "
         "text. See docs/calibration.md.",
     ),
+    click.option(
+        "--calibration",
+        type=click.Choice(("text", "image", "mixed")),
+        help="Of models that see; default: mixed where the dataset shows images, else text.",
+    ),
+    click.option(
+        "--image-folder",
+        metavar="DIRS",
+        help="Where the images named by the dataset are; comma separated.",
+    ),
+    click.option(
+        "--quant-nontext-module", is_flag=True, help="Quantize vision tower and projector too."
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     click.option("--allow-download", is_flag=True, help="Fetch models and data from the hub."),
 )

@@ -67,9 +67,10 @@ def trace(
 def added_share(task: BlockTask, target: Target) -> float:
     """Return how much of a layer's output is added into that of the block; 0: something else.
 
-    Found by trial on a few rows: the layer gives twice what it gave, and the block's output should
-    change by a multiple of that. A projection back to the residual stream has 1, or what the model
-    multiplies it with; one that is normalized first, or goes on into another layer, has none.
+    Found by trial on a few rows: the layer gives twice what it gave, and nothing. The block's
+    output should change by the same multiple of it both times. A projection back to the residual
+    stream has 1, or what the model multiplies it with. One that goes on into another layer has
+    none, nor has one that is normalized first: twice as much then changes next to nothing.
     """
     assert task.inputs is not None
     rows = task.inputs.chunks(1, task.settings.batch_size)[0]
@@ -78,13 +79,15 @@ def added_share(task: BlockTask, target: Target) -> float:
     after = _run(task, target, rows, lambda m, a, out: 2 * out, {})  # noqa: ARG005
     if len(given) != 1:
         return 0.0
+    without = _run(task, target, rows, lambda m, a, out: 0 * out, {})  # noqa: ARG005
     own, change = given[0].reshape(-1, given[0].shape[-1]), after - before
     energy = float(own.square().sum())
     if own.shape != change.shape or energy == 0:
         return 0.0
     share = float((own * change).sum()) / energy
     rest = float((change - share * own).square().sum())
-    return share if rest <= ADDED * share * share * energy else 0.0
+    bend = float((change - (before - without)).square().sum())
+    return share if max(rest, bend) <= ADDED * share * share * energy else 0.0
 
 
 def _run(
