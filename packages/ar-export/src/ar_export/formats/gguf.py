@@ -72,7 +72,7 @@ class GgufFormat:
         """
         from ar_export.gguf.sink import check_request
 
-        check_request(dict(request.config))
+        check_request(dict(request.config), request.plan, request.source)
         return None
 
     def tensors(

@@ -166,6 +166,7 @@ class Architecture:
 
 _UNUSED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 _MOE = {"expert_feed_forward_length": "moe_intermediate_size"}
+_DEEPSTACK = {"n_deepstack_layers": "n_deepstack_layers"}
 _GPT2_TOP = {
     "transformer.wte": "token_embd",
     "transformer.wpe": "position_embd",
@@ -188,6 +189,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         facts=_MOE | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
     ),
     "Qwen3MoeForCausalLM": Architecture("qwen3moe", _NORMED | _EXPERTS, facts=_MOE),
+    "Qwen2VLForConditionalGeneration": Architecture("qwen2vl", _LLAMA),
+    "Qwen2_5_VLForConditionalGeneration": Architecture("qwen2vl", _LLAMA),
+    "Qwen3VLForConditionalGeneration": Architecture("qwen3vl", _NORMED, facts=_DEEPSTACK),
     "GemmaForCausalLM": Architecture("gemma", _LLAMA, norm_offset=1.0),
     "Gemma2ForCausalLM": Architecture(
         "gemma2",

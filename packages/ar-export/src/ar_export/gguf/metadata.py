@@ -78,6 +78,8 @@ def metadata(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
     experts = first(config, "num_local_experts", "num_experts")
     if experts:
         out |= {"expert_count": experts, "expert_used_count": config["num_experts_per_tok"]}
+    if "mrope_section" in settings:  # height, width, time; four are wanted
+        out["rope.dimension_sections"] = [*settings["mrope_section"], 0, 0, 0, 0][:4]
     if arch.name == "gemma3":
         local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
         base = local.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0
@@ -95,7 +97,7 @@ def metadata(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
 
 def _scaling(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     kind = settings["rope_type"]
-    if kind in ("default", "llama3"):
+    if kind in ("default", "llama3", "mrope"):
         return {}
     if kind not in ("linear", "yarn", "longrope"):
         msg = f"rope scaling {kind!r} cannot be written to GGUF: use linear, yarn, llama3, longrope"

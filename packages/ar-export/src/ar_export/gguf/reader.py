@@ -14,6 +14,9 @@ from ar_export.errors import ExportError
 from ar_export.formats.base import LayerEntry
 from ar_export.gguf.architectures import Architecture, architecture_of
 from ar_export.gguf.mix import PRESETS
+from ar_export.gguf.mmproj.families import family_of
+from ar_export.gguf.mmproj.reader import open_mmproj
+from ar_export.gguf.multimodal import WRAPPER, described, sees, text_of
 from ar_export.gguf.rows import reordered, row_order
 from ar_kernels import KernelError, layout
 from ar_kernels.layouts.base import TensorFact
@@ -23,11 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import gguf
     from torch import Tensor
 
+    from ar_export.gguf.mmproj.reader import Mmproj
     from ar_kernels import QuantizedWeight
 
 _STACKED = 3
+_EYES = "mmproj-"
+"""Begin of the name of the file that holds the vision part."""
 _NUMBER = re.compile(r"\.experts\.(\d+)\.")
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -43,6 +50,8 @@ class GgufCheckpoint:
     quantized: Mapping[str, LayerEntry]
     architecture: Architecture
     stored: Mapping[str, Any] = field(repr=False)
+    text: Mapping[str, Any] = field(repr=False)
+    eyes: Mmproj | None = None
     format: str = "gguf"
     quantization_config: Mapping[str, Any] | None = None
 
@@ -67,6 +76,8 @@ class GgufCheckpoint:
         Raises:
             ExportError: no such tensor, or it is quantized.
         """
+        if self.eyes is not None and name in self.eyes.parts:
+            return self.eyes.tensor(name)
         found = self.stored.get(name)
         if found is None:
             msg = f"{self.path}: no tensor {name}"
@@ -82,7 +93,7 @@ class GgufCheckpoint:
             tensor = tensor[int(_NUMBER.findall(name)[-1])]
         if self.architecture.conv1d and tensor.ndim == 2 and "_embd" not in found.name:  # noqa: PLR2004
             tensor = tensor.t()
-        order = row_order(found.name, self.architecture, self.config)
+        order = row_order(found.name, self.architecture, self.text)
         if order is not None:
             tensor = tensor[order.argsort()]
         if self.architecture.norm_offset and found.name.endswith("norm.weight"):
@@ -111,7 +122,7 @@ class GgufCheckpoint:
         except KernelError as error:
             msg = f"{self.path}: layer {layer}: {error}"
             raise ExportError(msg) from error
-        order = row_order(found.name, self.architecture, self.config)
+        order = row_order(found.name, self.architecture, self.text)
         return made if order is None else reordered(made, order.argsort())
 
 
@@ -128,20 +139,23 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     except (OSError, ValueError) as error:
         msg = f"{file}: the model's config.json must lie beside it to read it back: {error}"
         raise ExportError(msg) from error
-    arch = architecture_of(config)
+    text = text_of(config)
+    arch = architecture_of(text)
     if importlib.util.find_spec("gguf") is None:
         msg = "GGUF files need the gguf package: pip install 'ar-export[gguf]'"
         raise ExportError(msg)
     try:
         import gguf
 
-        tensors = gguf.GGUFReader(file).tensors
+        reader = gguf.GGUFReader(file)
+        tensors, wrapper = reader.tensors, _wrapper(reader)
     except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError) as error:
         msg = f"{file} is not a whole GGUF file: {error}"
         raise ExportError(msg) from error
     stored, facts, quantized = {}, {}, {}
     for found in tensors:
-        key = arch.key_of(found.name)
+        begin, _, inside = arch.key_of(found.name).partition(".")
+        key = f"{wrapper.get(begin, begin)}.{inside}"
         shape, kind = _shape(found), found.tensor_type.name
         if kind in _FLOATS:
             for name in _experts(key, shape):
@@ -156,7 +170,34 @@ def open_gguf(path: Path) -> GgufCheckpoint:
             layer, order = name.removesuffix(".weight"), f"gguf_{kind.lower()}"
             quantized[layer] = LayerEntry(preset, shape[-2], shape[-1], order)
     files = dict.fromkeys(stored, file)
-    return GgufCheckpoint(folder, config, facts, files, quantized, arch, stored)
+    eyes = _eyes(folder, config)
+    for key in () if eyes is None else eyes.parts:
+        assert eyes is not None
+        facts[key], files[key] = TensorFact(*eyes.fact(key)), eyes.path
+    return GgufCheckpoint(
+        folder, config, facts, files, quantized, arch, stored=stored, text=text, eyes=eyes
+    )
+
+
+def _wrapper(reader: gguf.GGUFReader) -> dict[str, str]:
+    """Return what stands for the begin of names in the checkpoint, where that says so."""
+    own = (f for f in reader.fields.values() if f.name.startswith(WRAPPER))
+    return {f.name.removeprefix(WRAPPER): bytes(f.parts[f.data[0]]).decode() for f in own}
+
+
+def _eyes(folder: Path, config: Mapping[str, Any]) -> Mmproj | None:
+    """Return the vision part in the file beside a text model, where there is one of ours."""
+    files = sorted(folder.glob(f"{_EYES}*.gguf"))
+    if not sees(config) or not files:
+        return None
+    whole = described(config)
+    family = family_of(whole)
+    assert family is not None
+    try:
+        return open_mmproj(files[0], family, whole)
+    except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError) as error:
+        msg = f"{files[0]} is not a whole GGUF file: {error}"
+        raise ExportError(msg) from error
 
 
 def _shape(found: Any) -> tuple[int, ...]:
@@ -179,7 +220,8 @@ def is_gguf(path: Path) -> bool:
 
 
 def _file(path: Path) -> Path:
-    found = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    inside = (file for file in sorted(path.glob("*.gguf")) if not file.name.startswith(_EYES))
+    found = [path] if path.suffix == ".gguf" else list(inside)
     if len(found) != 1 or not found[0].is_file():
         listed = ", ".join(p.name for p in found) or "none"
         msg = f"{path}: one GGUF file is needed, found {listed}"

@@ -24,8 +24,7 @@ def row_order(name: str, arch: Architecture, config: Mapping[str, Any]) -> Tenso
     tail = name.split(".")[-2]
     if arch.permuted and tail in ("attn_q", "attn_k"):
         number = count if tail == "attn_q" else shared
-        rows = torch.arange(number * head_dim(config))
-        return rows.reshape(number, 2, -1).transpose(1, 2).reshape(-1)
+        return pairs_apart(number * head_dim(config), number)
     if arch.qkv_grouped and tail == "attn_qkv":
         size = head_dim(config)
         rows = torch.arange((count + 2 * shared) * size)
@@ -33,6 +32,11 @@ def row_order(name: str, arch: Architecture, config: Mapping[str, Any]) -> Tenso
         parts = (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])
         return torch.cat([part.reshape(-1) for part in parts])
     return None
+
+
+def pairs_apart(rows: int, heads: int) -> Tensor:
+    """Return which source row each row of q or k is: the halves of a head become pairs."""
+    return torch.arange(rows).reshape(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
 def reordered(weight: QuantizedWeight, order: Tensor) -> QuantizedWeight:
