@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ar_kernels.hf.head import round_head
 from ar_kernels.native import library, steps
 from ar_kernels.native.modules import NativeLinear, NativeNorm, norm_formula
 
@@ -32,16 +33,33 @@ _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _FORMS = (steps.ROUNDS_FIRST, steps.ADDS_ONE, steps.PLAIN)
 
 
-def speed_up(model: Any) -> dict[str, int]:
+def speed_up(model: Any, head_bits: int | None = None) -> dict[str, int]:
     """Put our float parts into a model on the CPU, and return how many of which.
 
-    Nothing where the compiled kernels are missing or `AR_KERNELS_DECODING=plain` says so.
+    Nothing where the compiled kernels are missing or `AR_KERNELS_DECODING=plain` says so, except
+    for a head that is asked for.
+
+    Args:
+        model: of transformers.
+        head_bits: width to round a float output head to; None: as the environment says.
+
+    Raises:
+        KernelError: such a head cannot be made.
     """
+    rounded = {"rounded head": 1} if round_head(model, head_bits) else {}
     if os.environ.get(ENV) == "plain" or library.missing() is not None:
-        return {}
+        return rounded
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        return {}
-    done = {"norms": _norms(model), "float layers": _layers(model), "attention": _attention(model)}
+        return rounded
+    done = rounded | {
+        "norms": _norms(model),
+        "float layers": _layers(model),
+        "attention": _attention(model),
+    }
+    if done["attention"]:
+        from ar_kernels.hf import blocks
+
+        done["blocks as one step"] = blocks.take_blocks(model)
     return {what: count for what, count in done.items() if count}
 
 
