@@ -269,6 +269,10 @@ class QuantLinear(nn.Module):
             return None
         return None if _READY_ORDER in self._buffers else self._buffers.get(_READY_BLOB)
 
+    def settle(self, blob: Tensor) -> None:
+        """Compute with a copy of the packed weight from now on."""
+        self._buffers[_READY_BLOB] = blob
+
     def packed_meta(self) -> tuple[int, ...]:
         """Return the backend's integers of the packed weight."""
         return tuple(self._meta)
