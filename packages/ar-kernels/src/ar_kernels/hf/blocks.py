@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ar_kernels.hf.attention import NAME
+from ar_kernels.hf.growing import remember
 from ar_kernels.linear import QuantLinear
 from ar_kernels.native import library, steps
 from ar_kernels.native.layer import Parts, Step
@@ -140,9 +141,8 @@ class NativeBlock(nn.Module):
         if not step.busy.acquire(blocking=False):
             return None
         try:
-            remember = functools.partial(cache.update, layer_idx=self.self_attn.layer_idx)
-            turning = cos.contiguous(), sin.contiguous()
-            return step.run(x.contiguous(), turning, mask, remember)
+            add = functools.partial(remember, cache, self.self_attn.layer_idx)
+            return step.run(x.contiguous(), (cos.contiguous(), sin.contiguous()), mask, add)
         finally:
             step.busy.release()
 
