@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ar_schemes import TensorSpec
 
 _STATIC, _ZERO, _ORDER = "static", "static_zero", "order"
-_READY_ORDER = ready_name(_ORDER)
+_READY_ORDER, _READY_BLOB = ready_name(_ORDER), ready_name("blob")
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")
 
 
@@ -263,6 +263,20 @@ class QuantLinear(nn.Module):
             given = given.index_select(-1, order)
         out = ops.multiply(given, ready, self._meta, self.bias, self.backend, self.rows)
         return out if out.dtype == x.dtype else out.to(x.dtype)
+
+    def packed_blob(self) -> Tensor | None:
+        """Return the packed weight where `cpu_native` computes with it as the input comes."""
+        if self.backend != "cpu_native" or self._quantizes is not None:
+            return None
+        return None if _READY_ORDER in self._buffers else self._buffers.get(_READY_BLOB)
+
+    def settle(self, blob: Tensor) -> None:
+        """Compute with a copy of the packed weight from now on."""
+        self._buffers[_READY_BLOB] = blob
+
+    def packed_meta(self) -> tuple[int, ...]:
+        """Return the backend's integers of the packed weight."""
+        return tuple(self._meta)
 
     def extra_repr(self) -> str:
         """Return shape, scheme, layout and backend for `print(model)`."""

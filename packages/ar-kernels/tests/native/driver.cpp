@@ -287,7 +287,66 @@ void run_attention(int64_t isa, int dtype, int64_t heads, int64_t shared, int64_
   expect(good, "attention", isa, dtype, Shape{heads, length, width}, shared);
 }
 
+void run_pairs(int64_t isa, int dtype, int64_t heads, int64_t width) {
+  const ar_runtime runtime{nullptr, isa};
+  const int64_t count = heads * width;
+  const auto a = some(count, dtype), b = some(count, dtype), cos = some(width, dtype),
+             sin = some(width, dtype);
+  auto gated = exactly<uint8_t>(a.size()), sum = exactly<uint8_t>(a.size()), turned = a;
+  turned.shrink_to_fit();
+  bool good = ar_gate(&runtime, a.data(), b.data(), dtype, count, gated.data()) == 0 &&
+              ar_add(&runtime, a.data(), b.data(), dtype, count, sum.data()) == 0 &&
+              ar_turn(&runtime, turned.data(), cos.data(), sin.data(), dtype, 1, heads, width) == 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = as_double(a, i, dtype), y = as_double(b, i, dtype);
+    const int64_t d = i % width, half = width / 2;
+    const double other = d < half ? -as_double(a, i + half, dtype) : as_double(a, i - half, dtype);
+    good &= near(as_double(gated, i, dtype), x / (1 + exp(-x)) * y, 1, dtype);
+    good &= near(as_double(sum, i, dtype), x + y, 1, dtype);
+    good &= near(as_double(turned, i, dtype),
+                 x * as_double(cos, d, dtype) + other * as_double(sin, d, dtype), 1, dtype);
+  }
+  expect(good, "pairs", isa, dtype, Shape{heads, width, 0}, 0);
+}
+
+void run_several(int64_t isa, int64_t rows) {
+  const ar_runtime runtime{nullptr, isa};
+  const int64_t metas[3][8] = {{70, 96, 32, 4, 0, 3, 0, 1}, {64, 96, 32, 4, 0, 3, 0, 1},
+                               {17, 96, 96, 3, 0, 3, 0, 1}};
+  std::vector<uint8_t> blobs[3], alone[3], together[3];
+  const auto x = some(rows * 96, 2);
+  ar_weight weights[3];
+  ar_product products[3];
+  bool good = true;
+  for (int i = 0; i < 3; ++i) {
+    int64_t sizes[6];
+    good &= ar_sizes(metas[i], sizes) == 0;
+    blobs[i] = exactly<uint8_t>(sizes[0]);
+    for (auto& byte : blobs[i]) byte = uint8_t(next() % 60);
+    float header[129] = {};
+    for (int j = 0; j < 128; ++j) header[j] = float(j % 16 - 8);
+    memcpy(blobs[i].data(), header, sizeof header);
+    alone[i] = exactly<uint8_t>(rows * metas[i][0] * 2);
+    together[i] = alone[i];
+    weights[i] = ar_weight{metas[i], blobs[i].data(), int64_t(blobs[i].size())};
+    products[i] = ar_product{x.data(), int64_t(x.size()), rows, 96, 2, nullptr,
+                             alone[i].data(), int64_t(alone[i].size())};
+    good &= ar_multiply(&runtime, weights + i, products + i) == 0;
+    products[i].y = together[i].data();
+  }
+  good &= ar_multiply_several(&runtime, weights, products, 3) == 0;
+  for (int i = 0; i < 3; ++i) good &= alone[i] == together[i];
+  products[1].x = nullptr;
+  good &= ar_multiply_several(&runtime, weights, products, 3) != 0;
+  good &= ar_multiply_several(&runtime, weights, products, 5) != 0;
+  expect(good, "several", isa, 4, Shape{70, 96, 32}, rows);
+}
+
 void run_steps(int64_t isa) {
+  for (const int64_t rows : {1, 2, 4, 9}) run_several(isa, rows);
+  for (int dtype = 0; dtype < 3; ++dtype)
+    for (const int64_t heads : {1, 5})
+      for (const int64_t width : {32, 96, 128}) run_pairs(isa, dtype, heads, width);
   for (int dtype = 0; dtype < 3; ++dtype) {
     for (int64_t rows = 1; rows <= 4; ++rows)
       for (const int64_t columns : {1, 15, 16, 77, 256})

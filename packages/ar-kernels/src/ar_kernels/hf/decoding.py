@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ar_kernels.native import library, steps
+from ar_kernels.hf.head import RoundedHead, round_head
+from ar_kernels.linear import QuantLinear
+from ar_kernels.native import arena, library, steps
 from ar_kernels.native.modules import NativeLinear, NativeNorm, norm_formula
 
 if TYPE_CHECKING:
@@ -32,17 +34,59 @@ _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _FORMS = (steps.ROUNDS_FIRST, steps.ADDS_ONE, steps.PLAIN)
 
 
-def speed_up(model: Any) -> dict[str, int]:
+def speed_up(model: Any, head_bits: int | None = None) -> dict[str, int]:
     """Put our float parts into a model on the CPU, and return how many of which.
 
-    Nothing where the compiled kernels are missing or `AR_KERNELS_DECODING=plain` says so.
+    Nothing where the compiled kernels are missing or `AR_KERNELS_DECODING=plain` says so, except
+    for a head that is asked for.
+
+    Args:
+        model: of transformers.
+        head_bits: width to round a float output head to; None: as the environment says.
+
+    Raises:
+        KernelError: such a head cannot be made.
     """
+    rounded = {"rounded head": 1} if round_head(model, head_bits) else {}
     if os.environ.get(ENV) == "plain" or library.missing() is not None:
-        return {}
+        return rounded
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        return {}
-    done = {"norms": _norms(model), "float layers": _layers(model), "attention": _attention(model)}
+        return rounded
+    done = rounded | {
+        "norms": _norms(model),
+        "float layers": _layers(model),
+        "attention": _attention(model),
+    }
+    _settle(model)
+    if done["attention"]:
+        from ar_kernels.hf import blocks
+
+        done["blocks as one step"] = blocks.take_blocks(model)
     return {what: count for what, count in done.items() if count}
+
+
+def _settle(model: nn.Module) -> None:
+    """Move packed weights, and the head, into large pages, in the order in which they are read."""
+    part: list[QuantLinear] = []
+    size = 0
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    for i, layer in enumerate(layers):
+        blob = layer.packed_blob()
+        if blob is not None:
+            part.append(layer)
+            size += blob.numel()
+        if part and (size >= arena.CHUNK or i + 1 == len(layers)):  # so that others may go
+            blobs = [b for one in part if (b := one.packed_blob()) is not None]
+            for one, settled in zip(part, arena.settled(blobs), strict=True):
+                one.settle(settled)
+            part, size = [], 0
+    for module in model.modules():
+        if isinstance(module, RoundedHead):
+            (module.blob,) = arena.settled([module.blob])
+        elif isinstance(module, NativeLinear) and module.weight.nbytes >= arena.PAGE:
+            kept = module.weight.data.contiguous()
+            (moved,) = arena.settled([kept.view(torch.uint8).view(-1)])
+            module.weight.data = moved.view(kept.dtype).view(kept.shape)
 
 
 def _norms(model: nn.Module) -> int:

@@ -61,6 +61,7 @@ class _AsRead(stock.QuantizationConfigMixin):
         self.fields = {**copy.deepcopy(fields), "quant_method": method}
         self.quant_method = stock.QuantizationMethod(method)
         self.backend = "auto"
+        self.head_bits: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Return a field of the config, as transformers and engines look at them."""
@@ -81,15 +82,15 @@ class _AsRead(stock.QuantizationConfigMixin):
         return (made, kwargs) if return_unused_kwargs else made
 
     @classmethod
-    def asking(cls, method: str, backend: str) -> Any:
-        """Return a config to give to `from_pretrained` that asks for a backend and no more."""
+    def asking(cls, method: str, backend: str, head_bits: int | None = None) -> Any:
+        """Return a config to give to `from_pretrained` that asks for these and no more."""
         made = cls(quant_method=method)
-        made.backend = backend
+        made.backend, made.head_bits = backend, head_bits
         return made
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what counts of a config that is given to `from_pretrained`."""
-        return {"backend": self.backend}
+        return {"backend": self.backend, "head_bits": self.head_bits}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as they were read."""
@@ -220,7 +221,7 @@ class ArQuantizer(HfQuantizer):
                 if prefer is None and module.backend is not None:
                     better = better_if_installed(module.need(), backend(module.backend))
                     hints |= {} if better is None else {better: None}
-        used.update(speed_up(model))
+        used.update(speed_up(model, getattr(self.quantization_config, "head_bits", None)))
         returning.finish()
         layers = ", ".join(f"{count} layers -> {what}" for what, count in used.items())
         _log.info("ar-kernels opened the %s checkpoint: %s", self.checkpoint.method, layers)

@@ -7,10 +7,15 @@ what the module they replace does.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from ar_kernels.native import steps
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 def norm_formula(x: Tensor, weight: Tensor, epsilon: float, form: int) -> Tensor:
@@ -50,7 +55,7 @@ class NativeLinear(nn.Linear):
     """A float layer that multiplies a few rows at the speed of memory."""
 
     @classmethod
-    def of(cls, given: nn.Linear) -> NativeLinear:
+    def of(cls, given: nn.Linear) -> Self:
         """Return the layer with the parameters of another, shared with it."""
         made = cls(
             given.in_features, given.out_features, bias=False, device="meta", dtype=torch.float32

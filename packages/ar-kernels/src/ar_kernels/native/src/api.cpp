@@ -1,5 +1,7 @@
 #include "api.h"
 
+#include <string.h>
+
 #include "pack.h"
 #include "runtime.h"
 
@@ -34,6 +36,7 @@ const Kernels* kernels(int64_t isa) { return isa == 0 ? &kPortable : nullptr; }
 namespace {
 
 constexpr int64_t kAbi = 2;
+constexpr int64_t kSeveral = 4;  // most weights of one call
 
 struct Weights {
   Format format;
@@ -58,9 +61,8 @@ int32_t check(const Format& f, const ar_product* p) {
   return kOk;
 }
 
-int32_t multiply(const ar_runtime* rt, const Kernels& k, const Format& f, const uint8_t* blob,
-                 const uint8_t* first, const ar_product* p) {
-  if (p->rows == 0) return kOk;
+Job job_of(const Kernels& k, const Format& f, const uint8_t* blob, const uint8_t* first,
+           const ar_product* p) {
   Job job{};
   job.format = f;
   job.blob = blob;
@@ -73,27 +75,60 @@ int32_t multiply(const ar_runtime* rt, const Kernels& k, const Format& f, const 
   job.bias = p->bias;
   job.y = p->y;
   job.y_stride = f.rows;
-  const int64_t virtual_rows = job.rows * job.pieces, depth = f.blocks * kDepth;
-  const int64_t tiles = ceil_div(virtual_rows, kTile);
-  const bool needs_sums = f.zero || zero_bias(f, blob) != 0;
-  const int64_t packed_bytes = ceil_div(tiles * kTile * depth * k.element, 64) * 64;
-  const int64_t sum_bytes = needs_sums ? tiles * kTile * f.groups * 4 : 0;
+  return job;
+}
+
+// Bytes of a product's inputs as the kernels read them.
+struct Inputs {
+  int64_t packed, sums, bases;
+  int64_t all() const { return ceil_div(packed + sums + bases, 64) * 64; }
+};
+
+Inputs inputs_of(const Kernels& k, const Job& job) {
+  const Format& f = job.format;
+  const int64_t virtual_rows = job.rows * job.pieces, tiles = ceil_div(virtual_rows, kTile);
+  const bool needs_sums = f.zero || zero_bias(f, job.blob) != 0;
   const bool in_place = f.kind == kInteger && f.bits <= 4 && f.groups && job.pieces == 1 &&
                         virtual_rows <= k.in_place_rows;
-  const int64_t base_bytes = in_place ? tiles * kTile * f.groups * 4 : 0;
+  const int64_t of_groups = tiles * kTile * f.groups * 4;
+  return Inputs{ceil_div(tiles * kTile * f.blocks * kDepth * k.element, 64) * 64,
+                needs_sums ? of_groups : 0, in_place ? of_groups : 0};
+}
+
+void prepare(const ar_runtime* rt, const Kernels& k, const Inputs& inputs, uint8_t* memory,
+             Job* job) {
+  job->packed = memory;
+  job->sums = inputs.sums ? reinterpret_cast<float*>(memory + inputs.packed) : nullptr;
+  job->bases =
+      inputs.bases ? reinterpret_cast<float*>(memory + inputs.packed + inputs.sums) : nullptr;
+  const int64_t tile_work = kTile * job->format.blocks * kDepth;
+  parallel(rt, ceil_div(job->rows * job->pieces, kTile), ceil_div(kWorthAThread * 4, tile_work),
+           [&](int64_t b, int64_t e) { k.prepare(*job, b, e); });
+}
+
+int64_t strip_work(const Job& job) {
+  return kStrip * job.format.blocks * kDepth * job.rows * job.pieces;
+}
+
+int32_t multiply(const ar_runtime* rt, const Kernels& k, const Format& f, const uint8_t* blob,
+                 const uint8_t* first, const ar_product* p) {
+  if (p->rows == 0) return kOk;
+  Job job = job_of(k, f, blob, first, p);
+  const Inputs inputs = inputs_of(k, job);
   Scratch scratch;
-  uint8_t* memory = static_cast<uint8_t*>(scratch.get(packed_bytes + sum_bytes + base_bytes));
+  uint8_t* memory = static_cast<uint8_t*>(scratch.get(inputs.all()));
   if (memory == nullptr) return kNoMemory;
-  job.packed = memory;
-  job.sums = needs_sums ? reinterpret_cast<float*>(memory + packed_bytes) : nullptr;
-  job.bases = in_place ? reinterpret_cast<float*>(memory + packed_bytes + sum_bytes) : nullptr;
-  const int64_t tile_work = kTile * depth;
-  parallel(rt, tiles, ceil_div(kWorthAThread * 4, tile_work),
-           [&](int64_t b, int64_t e) { k.prepare(job, b, e); });
-  const int64_t strip_work = kStrip * depth * virtual_rows;
-  parallel(rt, f.strips, ceil_div(kWorthAThread, strip_work),
+  prepare(rt, k, inputs, memory, &job);
+  parallel(rt, f.strips, ceil_div(kWorthAThread, strip_work(job)),
            [&](int64_t b, int64_t e) { k.multiply(job, b, e); });
   return kOk;
+}
+
+// Tells whether what was prepared for one product serves another of the same x.
+bool share_inputs(const Job& a, const Job& b) {
+  const Format &f = a.format, &g = b.format;
+  return f.columns == g.columns && f.group == g.group && f.bits == g.bits && f.kind == g.kind &&
+         f.zero == g.zero && memcmp(a.blob, b.blob, kHeader) == 0;
 }
 
 }  // namespace
@@ -159,6 +194,47 @@ int32_t ar_multiply(const ar_runtime* rt, const ar_weight* weight, const ar_prod
   const Kernels* k = kernels(rt->isa);
   if (k == nullptr) return kBadIsa;
   return multiply(rt, *k, w.format, weight->blob, weight->blob + kHeader, product);
+}
+
+int32_t ar_multiply_several(const ar_runtime* rt, const ar_weight* weights,
+                            const ar_product* products, int64_t count) {
+  if (count < 1 || count > kSeveral || weights == nullptr || products == nullptr) return kBadRange;
+  const Kernels* k = kernels(rt->isa);
+  if (k == nullptr) return kBadIsa;
+  Job jobs[kSeveral];
+  int64_t places[kSeveral + 1] = {}, ends[kSeveral], strips = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const ar_product &p = products[i], &q = products[0];
+    Weights w;
+    if (const int32_t bad = open(weights + i, &w)) return bad;
+    if (w.count != 1) return kBadFormat;
+    if (const int32_t bad = check(w.format, &p)) return bad;
+    if (p.x != q.x || p.rows != q.rows || p.stride != q.stride || p.dtype != q.dtype)
+      return kBadInput;
+    jobs[i] = job_of(*k, w.format, weights[i].blob, weights[i].blob + kHeader, &p);
+    places[i + 1] = places[i] + inputs_of(*k, jobs[i]).all();
+    ends[i] = strips += w.format.strips;
+  }
+  if (products[0].rows == 0) return kOk;
+  Scratch scratch;
+  uint8_t* memory = static_cast<uint8_t*>(scratch.get(places[count]));
+  if (memory == nullptr) return kNoMemory;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i && share_inputs(jobs[i], jobs[0])) {
+      jobs[i].packed = jobs[0].packed;
+      jobs[i].sums = jobs[0].sums;
+      jobs[i].bases = jobs[0].bases;
+    } else {
+      prepare(rt, *k, inputs_of(*k, jobs[i]), memory + places[i], jobs + i);
+    }
+  }
+  parallel(rt, strips, ceil_div(kWorthAThread, strip_work(jobs[0])), [&](int64_t b, int64_t e) {
+    for (int64_t i = 0, first = 0; i < count; first = ends[i++]) {
+      const int64_t from = b > first ? b : first, to = e < ends[i] ? e : ends[i];
+      if (from < to) k->multiply(jobs[i], from - first, to - first);
+    }
+  });
+  return kOk;
 }
 
 int32_t ar_multiply_experts(const ar_runtime* rt, const ar_weight* weight,

@@ -113,3 +113,39 @@ int32_t ar_attend(const ar_runtime* rt, const ar_attention* a) {
            [&](int64_t b, int64_t e) { k->steps->attend(job, b, e); });
   return kOk;
 }
+
+static int32_t pair(const ar_runtime* rt, PairJob job, int64_t dtype, int64_t count) {
+  if (job.a == nullptr || job.b == nullptr || !is_type(dtype) || count < 0 || count % 16)
+    return kBadInput;
+  if (job.y == nullptr) return kBadOutput;
+  const Kernels* k = kernels(rt->isa);
+  if (k == nullptr) return kBadIsa;
+  job.dtype = int(dtype);
+  parallel(rt, count / 16, kWorthAThread / 16,
+           [&](int64_t b, int64_t e) { k->steps->pair(job, b, e); });
+  return kOk;
+}
+
+int32_t ar_gate(const ar_runtime* rt, const void* gate, const void* up, int64_t dtype,
+                int64_t count, void* y) {
+  return pair(rt, PairJob{gate, up, 0, true, y}, dtype, count);
+}
+
+int32_t ar_add(const ar_runtime* rt, const void* a, const void* b, int64_t dtype, int64_t count,
+               void* y) {
+  return pair(rt, PairJob{a, b, 0, false, y}, dtype, count);
+}
+
+int32_t ar_turn(const ar_runtime* rt, void* x, const void* cos, const void* sin, int64_t dtype,
+                int64_t sequences, int64_t heads, int64_t width) {
+  if (cos == nullptr || sin == nullptr || !is_type(dtype) || !in_range(sequences) ||
+      !in_range(heads) || !in_range(width) || width % 32)
+    return kBadInput;
+  if (x == nullptr) return kBadOutput;
+  const Kernels* k = kernels(rt->isa);
+  if (k == nullptr) return kBadIsa;
+  const TurnJob job{x, cos, sin, int(dtype), heads, width};
+  parallel(rt, sequences * heads, ceil_div(kWorthAThread, width),
+           [&](int64_t b, int64_t e) { k->steps->turn(job, b, e); });
+  return kOk;
+}

@@ -71,11 +71,28 @@ struct AttentionJob {
   void* y;              // [sequences][heads][width]
 };
 
+// What is done to each of `count` values: y = silu(a) * b, or a + b.
+struct PairJob {
+  const void *a, *b;
+  int dtype;
+  bool gates;
+  void* y;
+};
+
+struct TurnJob {
+  void* x;
+  const void *cos, *sin;
+  int dtype;
+  int64_t heads, width;
+};
+
 struct Steps {
   void (*widen)(const FloatJob&);
   void (*product)(const FloatJob&, int64_t begin, int64_t end);  // in units of 16 features
   void (*norm)(const NormJob&, int64_t begin, int64_t end);      // rows
   void (*attend)(const AttentionJob&, int64_t begin, int64_t end);
+  void (*pair)(const PairJob&, int64_t begin, int64_t end);      // in units of 16 values
+  void (*turn)(const TurnJob&, int64_t begin, int64_t end);      // heads of all sequences
 };
 
 struct Kernels {

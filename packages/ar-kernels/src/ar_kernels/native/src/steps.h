@@ -251,5 +251,51 @@ void attend(const AttentionJob& job, int64_t begin, int64_t end) {
   });
 }
 
+// x / (1 + e^-x), by way of e^-|x|.
+AR_INLINE float silu(float x) {
+  const float e = exponential(x < 0 ? x : -x);
+  return x * (x < 0 ? e : 1.0f) / (1.0f + e);
+}
+
+template <class V>
+void pair(const PairJob& job, int64_t begin, int64_t end) {
+  with_type(job.dtype, [&](auto type) {
+    constexpr int TYPE = decltype(type)::value;
+    for (int64_t at = begin * 16; at < end * 16; at += V::N) {
+      auto a = V::read(job.a, TYPE, at);
+      const auto b = V::read(job.b, TYPE, at);
+      if (job.gates) {
+        float some[V::N];
+        V::store(some, a);
+        for (auto& one : some) one = silu(one);
+        a = V::mul(V::load(some), b);
+      } else {
+        a = V::add(a, b);
+      }
+      V::write(job.y, TYPE, at, a);
+    }
+  });
+}
+
+template <class V>
+void turn(const TurnJob& job, int64_t begin, int64_t end) {
+  with_type(job.dtype, [&](auto type) {
+    constexpr int TYPE = decltype(type)::value;
+    const int64_t half = job.width / 2;
+    for (int64_t h = begin; h < end; ++h) {
+      const int64_t angle = h / job.heads * job.width, x = h * job.width;
+      for (int64_t d = 0; d < half; d += V::N) {
+        const auto first = V::read(job.x, TYPE, x + d), second = V::read(job.x, TYPE, x + half + d);
+        const auto minus = V::sub(V::zero(), V::read(job.sin, TYPE, angle + d));
+        const auto low = V::fma(second, minus, V::mul(first, V::read(job.cos, TYPE, angle + d)));
+        const auto high = V::fma(first, V::read(job.sin, TYPE, angle + half + d),
+                                 V::mul(second, V::read(job.cos, TYPE, angle + half + d)));
+        V::write(job.x, TYPE, x + d, low);
+        V::write(job.x, TYPE, x + half + d, high);
+      }
+    }
+  });
+}
+
 }  // namespace
 }  // namespace ar
