@@ -46,6 +46,14 @@ def test_settings_say_what_follows_the_blocks() -> None:
     assert Settings(iters=0).chosen.stage is None
 
 
+def test_the_stage_gets_more_rows_where_there_is_more_to_gain() -> None:
+    def rows(**facts: object) -> int:
+        numbers = RECIPES["default"].stage_settings(1, **facts)  # type: ignore[arg-type]
+        return numbers.steps * numbers.batch_size
+
+    assert rows(bits=4) < rows(bits=2) < rows(bits=8, activations=True)
+
+
 def test_without_steps_scales_are_searched_unless_that_is_switched_off() -> None:
     assert Settings(iters=0).chosen.algorithm == "opt_rtn"
     assert Settings(iters=0, disable_opt_rtn=True).chosen.algorithm == "rtn"

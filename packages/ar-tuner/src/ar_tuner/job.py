@@ -227,10 +227,13 @@ def _refinement(
         request.emit(events.Note("warning", f"{name} leaves codes as they are: {fitting.reason}"))
     prepared.residence.keep = True
     names = source_names(request, prepared)
-    bits = min((w.bits for r in prepared.plan.quantized if (w := r.scheme.weight)), default=8)
+    schemes = [row.scheme for row in prepared.plan.quantized]
+    bits = min((s.weight.bits for s in schemes if s.weight is not None), default=8)
+    activations = any(s.activation is not None for s in schemes)
+    numbers = recipe.stage_settings(request.settings.seed, bits=bits, activations=activations)
     return Refinement(
         stage=chosen,
-        settings=fitting.apply(recipe.stage_settings(request.settings.seed, bits=bits)),
+        settings=fitting.apply(numbers),
         rows=rows.stage,
         held_out=rows.held_out,
         others=Others(

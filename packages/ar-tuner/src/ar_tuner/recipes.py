@@ -45,12 +45,20 @@ class Recipe:
             return self.tuned_by
         return "rtn" if self.disable_opt_rtn else "opt_rtn"
 
-    def stage_settings(self, seed: int, *, bits: int = COARSE) -> StageSettings:
+    def stage_settings(
+        self, seed: int, *, bits: int = COARSE, activations: bool = False
+    ) -> StageSettings:
         """Return the numbers of the stage: about as many steps as a block has, of half its rows.
 
-        `bits`: the fewest that a weight has. Codes of two bits have the most to gain: they get
-        more rows. Others get no more than what SignRound's steps would take in time.
+        Args:
+            seed: of the order of rows.
+            bits: the fewest that a weight has. Codes of two bits have much to gain: they get more
+                rows. Others get no more than what SignRound's steps would take in time.
+            activations: they are quantized too. What that adds to gradients is averaged over more
+                rows; SignRound's own steps take more than twice as long then.
         """
+        if activations:
+            return StageSettings(self.iters * 3 // 2, self.batch_size, seed)
         if bits <= COARSE:
             return StageSettings(self.iters, max(1, self.batch_size * 5 // 8), seed)
         return StageSettings(max(1, self.iters * 7 // 8), max(1, self.batch_size // 2), seed)

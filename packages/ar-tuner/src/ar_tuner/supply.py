@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
     from ar_tuner.api import AutoRound
     from ar_tuner.imagery import Imagery
+    from ar_tuner.stages import StageSettings
 
 
 def rows_by_use(request: AutoRound, tokenizer: Any, model: nn.Module) -> Rows:
     """Return the calibration samples by use, after telling what they are made of."""
     recipe = request.settings.chosen
-    numbers = None if recipe.stage is None else recipe.stage_settings(request.settings.seed)
+    numbers = _numbers(request)
     imagery: Imagery | None = getattr(adapter_for(request, model), "imagery", None)
     seen = 0 if imagery is None else imagery.share(recipe.nsamples)
     if imagery is None or seen == 0:
@@ -62,10 +63,19 @@ def rows_by_use(request: AutoRound, tokenizer: Any, model: nn.Module) -> Rows:
     return dataclasses.replace(rows, others=others)
 
 
+def _numbers(request: AutoRound) -> StageSettings | None:
+    """Return the numbers of the stage that takes the most rows, as the widths are not known yet."""
+    recipe = request.settings.chosen
+    if recipe.stage is None:
+        return None
+    quantized = request.scheme.activation is not None
+    return recipe.stage_settings(request.settings.seed, activations=quantized)
+
+
 def _rows(request: AutoRound, tokenizer: Any, model: nn.Module, data: Any, nsamples: int) -> Rows:
     """Return rows of text by use."""
     recipe = request.settings.chosen
-    numbers = None if recipe.stage is None else recipe.stage_settings(request.settings.seed)
+    numbers = _numbers(request)
     began = time.perf_counter()
     seqlen = check_seqlen(
         recipe.seqlen, getattr(model, "config", None), asked=request.settings.seqlen is not None
