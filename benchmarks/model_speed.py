@@ -6,7 +6,7 @@ The model has the shape of Qwen3-0.6B and random weights, so nothing is download
 tokenizer, which a GGUF file needs (its vocabulary is padded). It is rounded to W4A16 in groups of
 128 for ours and to Q4_0 for llama.cpp: the same number of bits for the same linear layers, read
 with the same number of threads. llama.cpp's file holds the tied embedding, which is the output head
-too, in 4 bits; ours holds it in bf16, and `--heads` adds rows that compute with a head of fewer
+too, in 6 bits (Q6_K); ours holds it in bf16, and `--heads` adds rows that compute with a head of fewer
 bits, made as the model is opened. Tokens are random; each row is the median of several passes, the
 programs take turns.
 """
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--heads", nargs="*", type=int, default=[8, 4], help="of the first scheme")
+    parser.add_argument("--heads", nargs="*", type=int, default=[8, 6], help="of the first scheme")
     parser.add_argument("--schemes", nargs="+", default=["W4A16", "W2A16", "MXFP4"])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
