@@ -5,8 +5,9 @@
 The model has the shape of Qwen3-0.6B and random weights, so nothing is downloaded; DIR lends a
 tokenizer, which a GGUF file needs (its vocabulary is padded). It is rounded to W4A16 in groups of
 128 for ours and to Q4_0 for llama.cpp: the same number of bits for the same linear layers, read
-with the same number of threads. llama.cpp quantizes the tied embedding too, ours stays bf16.
-Tokens are random; each row is the median of several passes, the
+with the same number of threads. llama.cpp's file holds the tied embedding, which is the output head
+too, in 6 bits (Q6_K); ours holds it in bf16, and `--heads` adds rows that compute with a head of fewer
+bits, made as the model is opened. Tokens are random; each row is the median of several passes, the
 programs take turns.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--heads", nargs="*", type=int, default=[8, 6], help="of the first scheme")
     parser.add_argument("--schemes", nargs="+", default=["W4A16", "W2A16", "MXFP4"])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -83,6 +86,9 @@ def main() -> None:
     for name in args.schemes:
         path = _rounded(model, args.out / name, name, "auto_round")
         runs[f"{name}, ar-kernels"] = lambda path=path: _bench(path, args)
+        for bits in args.heads if name == args.schemes[0] else ():
+            label = f"{name}, head in {bits} bits, ar-kernels"
+            runs[label] = lambda path=path, bits=bits: _bench(path, args, bits)
     if args.llama_python:
         file = next(_rounded(model, args.out / "q4_0", None, "gguf:q4_0").rglob("*.gguf"))
         runs["Q4_0, llama.cpp"] = lambda: _llama(file, args)
@@ -116,11 +122,13 @@ def _rounded(model: Path, out: Path, scheme: str | None, file_format: str) -> Pa
     return out
 
 
-def _bench(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+def _bench(path: Path, args: argparse.Namespace, head_bits: int | None = None) -> dict[str, Any]:
     options = {"prompt-tokens": args.prompt, "new-tokens": args.new, "threads": args.threads}
     typed = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "ar_cli", "bench", str(path), "--json", *typed]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    asked = {} if head_bits is None else {"AR_KERNELS_HEAD_BITS": str(head_bits)}
+    environment = {**os.environ, **asked}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -145,13 +145,18 @@ def test_replaced_and_hooked_modules_are_respected() -> None:
 
 
 def test_new_weights_are_used() -> None:
-    model, other = model_of("Qwen3"), model_of("Qwen3")
+    changes = {"attention_bias": True, "mlp_bias": True}
+    model, other = (model_of("Llama", **changes) for _ in range(2))
     decoding.speed_up(model)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
     written(model)
     model.load_state_dict(other.state_dict())
+    assert torch.allclose(written(model)[0], written(other)[0], atol=1e-4)
+    for each in (model, other):
+        norm = each.model.layers[1].input_layernorm
+        norm.weight = nn.Parameter(2 * norm.weight.detach())
     assert torch.allclose(written(model)[0], written(other)[0], atol=1e-4)
     half = model.to(torch.bfloat16)
     assert half.model.layers[0].mlp.up_proj.dtype == torch.bfloat16

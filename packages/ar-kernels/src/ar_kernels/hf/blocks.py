@@ -71,7 +71,7 @@ class _Taken:
     def step(self, rows: int, dtype: torch.dtype) -> Step:
         """Return the step for a number of sequences, made again where weights are others."""
         found = self.steps.get(rows)
-        if found is None or found.dtype != dtype or not _same(found.state, self.parts.state()):
+        if found is None or found.dtype != dtype or not found.is_good():
             found = self.steps[rows] = Step(self.parts, rows, dtype)
         return found
 
@@ -145,10 +145,6 @@ class NativeBlock(nn.Module):
             return step.run(x.contiguous(), (cos.contiguous(), sin.contiguous()), mask, add)
         finally:
             step.busy.release()
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return all(x is y or (type(x) is int and x == y) for x, y in zip(a, b, strict=True))
 
 
 def take_blocks(model: nn.Module) -> int:

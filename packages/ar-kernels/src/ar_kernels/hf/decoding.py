@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ar_kernels.hf.head import RoundedHead, round_head
+from ar_kernels.hf.head import round_head
 from ar_kernels.linear import QuantLinear
 from ar_kernels.native import arena, library, steps
 from ar_kernels.native.modules import NativeLinear, NativeNorm, norm_formula
@@ -66,7 +66,11 @@ def speed_up(model: Any, head_bits: int | None = None) -> dict[str, int]:
 
 
 def _settle(model: nn.Module) -> None:
-    """Move packed weights, and the head, into large pages, in the order in which they are read."""
+    """Move packed weights into large pages, in the order in which they are read.
+
+    Not a float head: the pages of a file are large already where it is mapped, and moving 311 MB
+    gained nothing.
+    """
     part: list[QuantLinear] = []
     size = 0
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
@@ -80,13 +84,6 @@ def _settle(model: nn.Module) -> None:
             for one, settled in zip(part, arena.settled(blobs), strict=True):
                 one.settle(settled)
             part, size = [], 0
-    for module in model.modules():
-        if isinstance(module, RoundedHead):
-            (module.blob,) = arena.settled([module.blob])
-        elif isinstance(module, NativeLinear) and module.weight.nbytes >= arena.PAGE:
-            kept = module.weight.data.contiguous()
-            (moved,) = arena.settled([kept.view(torch.uint8).view(-1)])
-            module.weight.data = moved.view(kept.dtype).view(kept.shape)
 
 
 def _norms(model: nn.Module) -> int:

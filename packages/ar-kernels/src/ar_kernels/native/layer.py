@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import ctypes
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ar_kernels.linear import QuantLinear
     from ar_kernels.native.modules import NativeNorm
@@ -53,14 +53,6 @@ class Parts:
         """All quantized layers."""
         return (*self.attention, *self.perceptron)
 
-    def state(self) -> tuple[Any, ...]:
-        """Return what the arguments of a step point to; another state needs other arguments."""
-        norms = (*self.norms, *(self.head_norms or ()))
-        return (
-            *(n.weight.data_ptr() for n in norms),
-            *(x for one in self.linears for x in (one.packed_blob(), one.bias)),
-        )
-
 
 class Step:
     """The calls for a number of sequences; made once, for one thread at a time."""
@@ -68,7 +60,12 @@ class Step:
     def __init__(self, parts: Parts, rows: int, dtype: torch.dtype) -> None:
         """Make buffers and arguments."""
         self.parts, self.rows, self.dtype = parts, rows, dtype
-        self.state = parts.state()
+        norms = (*parts.norms, *(parts.head_norms or ()))
+        biased = [(one, bias) for one in parts.linears if (bias := one.bias) is not None]
+        self._floats = [(*_held(n, "weight"), n.weight.data_ptr()) for n in norms]
+        self._floats += [(*_held(one, "bias"), bias.data_ptr()) for one, bias in biased]
+        # new weights that are loaded into a layer are packed anew, which renews its bias here too
+        self._blobs = [(one, one.packed_blob()) for one in parts.linears]
         self.busy = threading.Lock()
         self._library = lib.library()
         self._runtime = lib.runtime(lib.best_isa())
@@ -95,6 +92,12 @@ class Step:
         self._gate = (*pointers, number, rows * inner, gated.data_ptr())
         self._down = self._several((down,), gated, (product,))[0]
         self._add_last = (middle.data_ptr(), product.data_ptr(), number, count)
+
+    def is_good(self) -> bool:
+        """Tell whether the parts still hold what the arguments point to."""
+        return all(one.packed_blob() is blob for one, blob in self._blobs) and all(
+            held[name].data_ptr() == at for held, name, at in self._floats
+        )
 
     def run(
         self,
@@ -195,3 +198,8 @@ class Step:
         strides = parts.heads * parts.width, parts.width, *(0,) * 6
         ends = None, 0, 0, parts.scale, mixed.data_ptr()
         return lib.Attention(query.data_ptr(), None, None, number, *shape, *strides, *ends)
+
+
+def _held(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the table in which a module holds a parameter, and its name there."""
+    return vars(module)["_parameters"], name

@@ -6,7 +6,7 @@
 
 namespace ar {
 
-static constexpr Steps kSteps = {widen<V256>,  float_product<V256>, norm<V256>,
+static constexpr Steps kSteps = {widen<V256>,  float_product<V256, Dots<V256>>, norm<V256>,
                                  attend<V256>, pair<V256>,          turn<V256>};
 
 extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},    4, 0, prepare<V256>,

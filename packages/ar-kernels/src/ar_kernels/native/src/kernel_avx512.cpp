@@ -10,11 +10,11 @@ void expand_avx512(const Job& job, int64_t origin, int64_t begin, int64_t end) {
   expand<V512>(job, origin, begin, end);
 }
 
-extern const Steps kSteps512 = {widen<V512>,  float_product<V512>, norm<V512>,
+static constexpr Steps kSteps = {widen<V512>,  float_product<V512, Dots<V512>>, norm<V512>,
                                  attend<V512>, pair<V512>,          turn<V512>};
 
 extern const Kernels kAvx512 = {"avx512",       {1, 1, 1},     4, 0, prepare<V512>,
                                 multiply<V512>, expand_avx512, read_all<V512>,
-                                &kSteps512};
+                                &kSteps};
 
 }  // namespace ar

@@ -9,6 +9,7 @@
 // divided by 2^r beforehand, and what the 128 add is subtracted from the sum of each group.
 #include "v512.h"
 
+#include "dots_bf16.h"
 #include "kernel_f32.h"
 
 namespace ar {
@@ -373,8 +374,11 @@ void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
+static constexpr Steps kSteps = {widen<V>,  float_product<V, DotsOfPairs>, norm<V>,
+                                 attend<V>, pair<V>,                       turn<V>};
+
 extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1}, 4, kInPlaceRows,
                                     prepare_bf16,  multiply_bf16, expand_avx512, read_all<V>,
-                                    &kSteps512};
+                                    &kSteps};
 
 }  // namespace ar

@@ -45,7 +45,7 @@ void expand(const Job& job, int64_t origin, int64_t begin, int64_t end) {
 
 }  // namespace
 
-static constexpr Steps kSteps = {widen<V1>,  float_product<V1>, norm<V1>,
+static constexpr Steps kSteps = {widen<V1>,  float_product<V1, Dots<V1>>, norm<V1>,
                                  attend<V1>, pair<V1>,          turn<V1>};
 
 extern const Kernels kPortable = {"portable", {1, 1, 1}, 4,        0,

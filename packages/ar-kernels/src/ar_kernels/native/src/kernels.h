@@ -109,8 +109,6 @@ struct Kernels {
   const Steps* steps;
 };
 
-extern const Steps kSteps512;
-
 void expand_avx512(const Job&, int64_t origin, int64_t strip_begin, int64_t strip_end);
 
 extern const Kernels kPortable;

@@ -6,7 +6,7 @@
 namespace ar {
 namespace {
 
-constexpr int kFeaturesAtOnce = 4;
+constexpr int kAhead = 4096;  // bytes of a stream that are fetched ahead
 constexpr int kHeadsAtOnce = 4;
 constexpr int kVectorsAtOnce = 4;
 
@@ -31,36 +31,49 @@ AR_INLINE typename V::F read_last(const uint8_t* row, int64_t at, int64_t count)
   return V::read(some, TYPE, 0);
 }
 
-// sums[row][0..4) = products of `count` features from `feature` on with all rows of x.
-template <class V, int TYPE, int ROWS>
-AR_INLINE void dot_features(const FloatJob& job, int64_t feature, int count, float (*sums)[16]) {
+// Products of features with rows of x, in float32.
+template <class V>
+struct Dots {
+  // sums[row][0..count) = products of `count` features from `feature` on with all rows of x.
+  template <int TYPE, int ROWS>
+  static AR_INLINE void add(const FloatJob& job, int64_t feature, int count, float (*sums)[16]);
+};
+
+template <class V>
+template <int TYPE, int ROWS>
+AR_INLINE void Dots<V>::add(const FloatJob& job, int64_t feature, int count, float (*sums)[16]) {
   constexpr int width = TYPE == kF32 ? 4 : 2;
-  typename V::F acc[kFeaturesAtOnce][ROWS];
-  const uint8_t* w[kFeaturesAtOnce];
-  for (int i = 0; i < kFeaturesAtOnce; ++i) {
-    w[i] = place_of(job.w, TYPE, (feature + (i < count ? i : 0)) * job.columns);
-    for (auto& one : acc[i]) one = V::zero();
-  }
-  const int64_t whole = job.columns / V::N * V::N, ahead = kFeaturesAtOnce * job.columns * width;
-  for (int64_t k = 0; k < whole; k += V::N)
-    for (int i = 0; i < kFeaturesAtOnce; ++i) {
-      __builtin_prefetch(w[i] + k * width + ahead);
-      const auto one = V::read(w[i], TYPE, k);
-      for (int m = 0; m < ROWS; ++m)
-        acc[i][m] = V::fma(one, V::load(job.wide + m * job.depth + k), acc[i][m]);
-    }
+  constexpr int kSets = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // sums that do not wait for each other
+  const int64_t step = kSets * V::N, whole = job.columns / step * step;
+  // one feature after the other: the weight is then one stream of memory
   for (int i = 0; i < count; ++i) {
-    if (whole < job.columns) {
-      const auto one = read_last<V, TYPE>(w[i], whole, job.columns - whole);
+    const uint8_t* w = place_of(job.w, TYPE, (feature + i) * job.columns);
+    typename V::F acc[kSets][ROWS];
+    for (auto& set : acc)
+      for (auto& one : set) one = V::zero();
+    const auto add = [&](int set, typename V::F one, int64_t k) AR_FORCED {
       for (int m = 0; m < ROWS; ++m)
-        acc[i][m] = V::fma(one, V::load(job.wide + m * job.depth + whole), acc[i][m]);
+        acc[set][m] = V::fma(one, V::load(job.wide + m * job.depth + k), acc[set][m]);
+    };
+    for (int64_t k = 0; k < whole; k += step) {
+      for (int64_t byte = 0; byte < step * width; byte += 64)
+        __builtin_prefetch(w + k * width + kAhead + byte);
+      for (int set = 0; set < kSets; ++set)
+        add(set, V::read(w, TYPE, k + set * V::N), k + set * V::N);
     }
-    for (int m = 0; m < ROWS; ++m) sums[m][i] = V::sum(acc[i][m]);
+    for (int64_t k = whole; k < job.columns; k += V::N) {
+      const int64_t left = job.columns - k;
+      add(0, left < V::N ? read_last<V, TYPE>(w, k, left) : V::read(w, TYPE, k), k);
+    }
+    for (int m = 0; m < ROWS; ++m) {
+      for (int set = 1; set < kSets; ++set) acc[0][m] = V::add(acc[0][m], acc[set][m]);
+      sums[m][i] = V::sum(acc[0][m]);
+    }
   }
 }
 
 // Features [begin * 16, end * 16) of y.
-template <class V>
+template <class V, class DOTS>
 void float_product(const FloatJob& job, int64_t begin, int64_t end) {
   const auto work = [&](auto type, auto rows) {
     constexpr int TYPE = decltype(type)::value, ROWS = decltype(rows)::value;
@@ -68,12 +81,7 @@ void float_product(const FloatJob& job, int64_t begin, int64_t end) {
     for (int64_t at = begin * 16; at < end * 16 && at < job.features; at += 16) {
       const int64_t count = job.features - at < 16 ? job.features - at : 16;
       float sums[ROWS][16] = {};
-      for (int64_t n = 0; n < count; n += kFeaturesAtOnce) {
-        float four[ROWS][16];
-        const int some = int(count - n < kFeaturesAtOnce ? count - n : kFeaturesAtOnce);
-        dot_features<V, TYPE, ROWS>(job, at + n, some, four);
-        for (int m = 0; m < ROWS; ++m) memcpy(sums[m] + n, four[m], some * sizeof(float));
-      }
+      DOTS::template add<TYPE, ROWS>(job, at, int(count), sums);
       for (int m = 0; m < ROWS; ++m) {
         for (int64_t n = 0; job.bias && n < count; ++n) sums[m][n] += job.bias[at + n];
         uint8_t out[16 * 4];
