@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ def _group(
     return {"targets": [where], "weights": weights} | more
 
 
+def _named(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    return {f"group_{i}": group for i, group in enumerate(groups)}
+
+
 _TENSOR8 = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
 _TOKEN8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 _FLOAT8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
@@ -75,7 +80,7 @@ CASES = (
         )
     ),
     *(
-        Foreign(name, "compressed-tensors", {"groups": dict(enumerate(groups))})
+        Foreign(name, "compressed-tensors", {"groups": _named(groups)})
         for name, groups in (
             ("pack-quantized 4 bit asym", [_group(4, size=32, sym=False)]),
             ("int-quantized 8 bit, tokens", [_group(8, input_activations=_TOKEN8)]),
@@ -166,10 +171,15 @@ def _make(case: Foreign, python: str, model: Path, out: Path) -> None:
 
 
 def _run(python: str, script: str, *args: object) -> None:
+    """Run a script beside this one in another environment; what it leaves lies in no repository."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     env["AR_KERNELS_TAKEOVER"] = "never"
-    line = [python, str(HERE / script), *map(str, args)]
-    subprocess.run(line, check=True, capture_output=True, text=True, timeout=LIMIT, env=env)
+    paths = [arg.absolute() if isinstance(arg, Path) else arg for arg in args]
+    line = [python, str(HERE / script), *map(str, paths)]
+    with tempfile.TemporaryDirectory() as here:
+        subprocess.run(
+            line, check=True, capture_output=True, text=True, timeout=LIMIT, env=env, cwd=here
+        )
 
 
 def _compared(path: Path, logits: Path) -> dict[str, Any]:
