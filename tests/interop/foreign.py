@@ -1,7 +1,7 @@
 """Checkpoints that others made, opened by us: logits of both, on the same machine.
 
     python tests/interop/foreign.py --work DIR [--model DIR] [--auto-round PYTHON]
-        [--gptqmodel PYTHON] [--only WORDS]
+        [--gptqmodel PYTHON] [--compressed-tensors PYTHON] [--only WORDS]
 
 PYTHON is the interpreter of an environment with that project. Every checkpoint is made by it, run
 by it and run by us (backend dense, the checkpoint's own type). Outcomes go to DIR/foreign.json;
@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,22 @@ class Foreign:
     form: str = ""
 
 
+def _group(
+    bits: int, *, where: str = "Linear", size: int | None = None, sym: bool = True, **more: Any
+) -> dict[str, Any]:
+    """Return a config group of compressed-tensors for integer weights."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": sym}
+    weights |= {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
+    return {"targets": [where], "weights": weights} | more
+
+
+def _named(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    return {f"group_{i}": group for i, group in enumerate(groups)}
+
+
+_TENSOR8 = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
+_TOKEN8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+_FLOAT8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
 _GPTQ = {"bits": 4, "group_size": 32}
 CASES = (
     Foreign("GPTQ 4 bit", "gptqmodel", _GPTQ),
@@ -62,6 +79,35 @@ CASES = (
             ("FP8_STATIC", "auto_round"),
         )
     ),
+    *(
+        Foreign(name, "compressed-tensors", {"groups": _named(groups)})
+        for name, groups in (
+            ("pack-quantized 4 bit asym", [_group(4, size=32, sym=False)]),
+            ("int-quantized 8 bit, tokens", [_group(8, input_activations=_TOKEN8)]),
+            ("int-quantized 8 bit asym", [_group(8, sym=False, input_activations=_TOKEN8)]),
+            (
+                "int-quantized 8 bit, static asym activations",
+                [_group(8, input_activations=_TENSOR8 | {"symmetric": False})],
+            ),
+            (
+                "mixed groups: 4 bit mlp, 8 bit attention",
+                [
+                    _group(4, where="re:.*mlp.*", size=32),
+                    _group(8, where="re:.*self_attn.*", input_activations=_TOKEN8),
+                ],
+            ),
+            (
+                "float-quantized 8 bit, static",
+                [
+                    {
+                        "targets": ["Linear"],
+                        "weights": _FLOAT8,
+                        "input_activations": _FLOAT8 | {"dynamic": False},
+                    }
+                ],
+            ),
+        )
+    ),
 )
 
 
@@ -71,10 +117,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--only", default="")
-    for kind in ("auto-round", "gptqmodel"):
+    for kind in ("auto-round", "gptqmodel", "compressed-tensors"):
         parser.add_argument(f"--{kind}", metavar="PYTHON")
     given = parser.parse_args()
     pythons = {"auto-round": given.auto_round, "gptqmodel": given.gptqmodel}
+    pythons |= {"compressed-tensors": given.compressed_tensors}
     path = given.work / "foreign.json"
     given.work.mkdir(parents=True, exist_ok=True)
     outcomes = json.loads(path.read_text()) if path.is_file() else {}
@@ -103,7 +150,10 @@ def _outcome(
             _make(case, maker, given.model, made)
         root = next(made.rglob("config.json")).parent
         if not logits.is_file():
-            _run(runner[1], "foreign_env.py", f"logits-{runner[0]}", root, logits)
+            if runner[0] == "compressed-tensors":
+                _run(runner[1], "compressed_env.py", "logits", root, logits)
+            else:
+                _run(runner[1], "foreign_env.py", f"logits-{runner[0]}", root, logits)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = getattr(error, "stderr", None) or str(error)
         return {"outcome": f"its own route fails: {said.strip().splitlines()[-1][:120]}"}
@@ -114,14 +164,22 @@ def _make(case: Foreign, python: str, model: Path, out: Path) -> None:
     options = json.dumps(case.options)
     if case.by == "auto-round":
         _run(python, "peer.py", model, out, case.scheme, case.form, options)
+    elif case.by == "compressed-tensors":
+        _run(python, "compressed_env.py", "make", model, out, options)
     else:
         _run(python, "foreign_env.py", "make-gptqmodel", model, out, options)
 
 
 def _run(python: str, script: str, *args: object) -> None:
+    """Run a script beside this one in another environment; what it leaves lies in no repository."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    line = [python, str(HERE / script), *map(str, args)]
-    subprocess.run(line, check=True, capture_output=True, text=True, timeout=LIMIT, env=env)
+    env["AR_KERNELS_TAKEOVER"] = "never"
+    paths = [arg.absolute() if isinstance(arg, Path) else arg for arg in args]
+    line = [python, str(HERE / script), *map(str, paths)]
+    with tempfile.TemporaryDirectory() as here:
+        subprocess.run(
+            line, check=True, capture_output=True, text=True, timeout=LIMIT, env=env, cwd=here
+        )
 
 
 def _compared(path: Path, logits: Path) -> dict[str, Any]:

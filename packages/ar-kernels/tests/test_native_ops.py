@@ -119,3 +119,12 @@ def test_training_through_it_lowers_a_loss(layer: Layer) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_opcheck_of_what_the_gradients_use(layer: Layer) -> None:
+    if layer.experts:
+        op, grad = torch.ops.ar_kernels.native_experts_backward.default, torch.randn(7, ROWS)
+        torch.library.opcheck(op, (grad, layer.blob, layer.meta, layer.offsets))
+    else:
+        op = torch.ops.ar_kernels.native_expand.default
+        torch.library.opcheck(op, (layer.blob, layer.meta, torch.bfloat16))

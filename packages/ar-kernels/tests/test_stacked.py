@@ -185,3 +185,60 @@ def test_experts_too_few_are_found_before_loading(tmp_path) -> None:
     rewrite(tmp_path, tensors | {key: tensors[key][:3].clone()})
     with pytest.raises(KernelError, match=r"gate_up_proj_blocks must be for 4 experts"):
         opened(tmp_path)
+
+
+def test_experts_compile_and_export_in_one_graph(tmp_path) -> None:
+    write(tmp_path)
+    experts = opened(tmp_path).get_submodule(EXPERTS)
+    x, index = torch.randn(5, 64), torch.tensor([[0, 3], [3, 1], [1, 0], [0, 1], [3, 0]])
+    weights = torch.rand(5, 2)
+    with torch.inference_mode():
+        wanted = experts(x, index, weights)
+        torch.compiler.reset()
+        compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, index, weights), wanted)
+        other = index.flip(1)  # other experts, the same graph
+        torch.testing.assert_close(compiled(x, other, weights), experts(x, other, weights))
+    program = torch.export.export(experts, (x, index, weights))
+    torch.testing.assert_close(program.module()(x, index, weights), wanted)
+
+
+def test_the_whole_model_compiles_in_one_graph(tmp_path) -> None:
+    write(tmp_path)
+    mine = opened(tmp_path)
+    torch.compiler.reset()
+    compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        found = compiled(IDS, use_cache=False).logits
+    torch.testing.assert_close(found, logits(mine), atol=1e-4, rtol=1e-4)
+
+
+def test_numbers_beyond_the_last_expert_choose_none(tmp_path) -> None:
+    write(tmp_path)
+    experts = opened(tmp_path).get_submodule(EXPERTS)
+    x, weights = torch.randn(3, 64), torch.rand(3, 2)
+    index = torch.tensor([[0, 4], [4, 4], [2, 1]])
+    with torch.inference_mode():
+        out = experts(x, index, weights)
+        assert bool((out[1] == 0).all())
+        alone = experts(x[:1], index[:1, :1], weights[:1, :1])
+    torch.testing.assert_close(out[:1], alone)
+
+
+def test_experts_on_several_backends_give_the_same(tmp_path) -> None:
+    write(tmp_path)
+    mine = opened(tmp_path)
+    wanted = logits(mine)
+    mine.get_submodule(EXPERTS).get_submodule("1.gate_up_proj").prepare("reference")
+    torch.testing.assert_close(logits(mine), wanted)
+
+
+def test_adapters_train_through_the_experts(tmp_path) -> None:
+    write(tmp_path)
+    mine, reference = opened(tmp_path), dequantized(tmp_path)
+    grads = []
+    for model in (mine, reference):
+        embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=embedded).logits.square().mean().backward()
+        grads.append(embedded.grad)
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-3)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ar_export.activations import check_activations
 from ar_export.errors import ExportError
 from ar_export.findings import Finding
 from ar_export.formats.packed import suffixes_of
@@ -37,13 +38,23 @@ _PACKED = (
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was looked at, and what was found."""
+    """What was looked at, and what was found.
+
+    Attributes:
+        layers: quantized layers.
+        tensors: tensors in the files.
+        compared: layers whose bits were compared.
+        logits: largest difference of logits, relative to their range, None: not compared.
+        findings: what is wrong or worth knowing.
+        activations: layers whose outputs were compared with their inputs quantized.
+    """
 
     layers: int
     tensors: int
     compared: int
     logits: float | None
     findings: tuple[Finding, ...]
+    activations: int = 0
 
     @property
     def ok(self) -> bool:
@@ -60,7 +71,8 @@ def verify(
         path: its directory.
         expected: the weights it should hold, by layer name; compared to the bit.
         against: a model with the same (dequantized) weights; the checkpoint is opened by
-            Transformers and its logits are compared.
+            Transformers and its logits are compared, with activations as they are on both sides;
+            then each layer with quantized inputs alone, on its own.
 
     A checkpoint that cannot even be opened gives one finding, not an exception.
     """
@@ -84,12 +96,16 @@ def verify(
             if not equal(wanted, weight):
                 what = "the stored bits are not those that were tuned"
                 findings.append(Finding("error", what, name))
-    difference = None
+    difference, activations = None, 0
     if against is not None and not any(f.level == "error" for f in findings):
-        difference, problem = _logits(path, against)
-        findings += problem
+        parameter = next(against.parameters())
+        reopened = open_model(path, parameter.dtype).to(parameter.device)
+        activations, problem = check_activations(found, reopened)
+        difference, more = _logits(path, against, reopened)
+        findings += [*problem, *more]
     return VerifyReport(
-        len(found.quantized), len(found.names), compared, difference, tuple(findings)
+        *(len(found.quantized), len(found.names), compared, difference, tuple(findings)),
+        activations,
     )
 
 
@@ -133,13 +149,12 @@ def _is_codes(key: str, dtype: torch.dtype) -> bool:
     return key.endswith(".weight") and (dtype.itemsize == 1 or not dtype.is_floating_point)
 
 
-def _logits(path: Path, against: nn.Module) -> tuple[float, list[Finding]]:
+def _logits(path: Path, against: nn.Module, reopened: nn.Module) -> tuple[float, list[Finding]]:
     """Return the largest relative difference of logits, and a finding if it is too large.
 
     Weights are compared: activations stay as they are on both sides.
     """
     parameter = next(against.parameters())
-    reopened = open_model(path, parameter.dtype).to(parameter.device)
     for module in reopened.modules():
         if isinstance(module, QuantLinear):
             module.leave_activations()

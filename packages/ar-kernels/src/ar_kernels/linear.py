@@ -244,6 +244,19 @@ class QuantLinear(nn.Module):
             self.spec, self.rows, self.columns, self.device.type, self.dtype, self.activation
         )
 
+    def ready(self) -> tuple[list[Tensor], list[int], str] | None:
+        """Return the buffers, integers and backend of the product, prepared where nobody has yet.
+
+        None where the product is not all: the input is quantized or sorted, or there is a bias.
+        """
+        if self.backend is None:
+            self.prepare(self._prefer)
+        assert self.backend is not None
+        sorts = ready_name(_ORDER) in self._buffers
+        if self._quantizes is not None or sorts or self.bias is not None:
+            return None
+        return [self._buffer(name) for name in self._ready], self._meta, self.backend
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., I] times the weight transposed, plus bias: [..., O], dtype of x.
 

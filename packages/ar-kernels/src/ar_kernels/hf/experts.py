@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ar_kernels.expert_ops import expert_linear
 from ar_kernels.hf.fused import JOINED, fused_parts
+from ar_kernels.linear import QuantLinear
 from ar_kernels.weight import KernelError
 
 if TYPE_CHECKING:
@@ -266,13 +268,46 @@ class _Packed(nn.Module):
     _apply_gate: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
 
-    def _inner(self, number: int, given: Tensor) -> Tensor:
-        """Return what the down projection of an expert is given, for tokens [T, I]."""
-        expert = self.get_submodule(str(number))
-        parts = [expert.get_submodule(leaf)(given) for leaf in self._up]
+    def _run(self, given: Tensor, expert: Tensor) -> Tensor:
+        """Return what each token's expert gives, [T, I], for tokens [T, I] and experts int64 [T].
+
+        Numbers beyond the last expert give something that means nothing.
+        """
+        count = self._count()
+        made = self._inner([self._part(leaf, given, expert) for leaf in self._up], expert, count)
+        return self._part(self._down, made, expert) + self._bias(DOWN, expert, count)
+
+    def _count(self) -> int:
+        return sum(name.isdigit() for name in self._modules)
+
+    def _part(self, leaf: str, given: Tensor, expert: Tensor) -> Tensor:
+        """Return the products of tokens with one part of their experts, [T, O]."""
+        layers = [self.get_submodule(f"{number}.{leaf}") for number in range(self._count())]
+        first = layers[0]
+        ready = [layer.ready() if isinstance(layer, QuantLinear) else None for layer in layers]
+        alike = [one[1:] if one is not None else None for one in ready]
+        if (
+            isinstance(first, QuantLinear)
+            and alike[0] is not None
+            and alike.count(alike[0]) == len(alike)
+        ):
+            buffers = [tensor for one in ready if one is not None for tensor in one[0]]
+            out = expert_linear(given.to(first.dtype), expert, buffers, *alike[0], first.rows)
+            return out.to(given.dtype)
+        # experts stored in different ways, or with inputs of their own: one after the other
+        rows = int(getattr(first, "out_features", 0))
+        made = given.new_zeros(given.shape[0], rows)
+        for number in expert.unique().tolist():
+            if number < len(layers):
+                mine = expert == number
+                made[mine] = layers[number](given[mine]).to(made.dtype)
+        return made
+
+    def _inner(self, parts: list[Tensor], expert: Tensor, count: int) -> Tensor:
+        """Return what the down projections are given, for the products of the other parts."""
         apart = len(parts) > 1 and not getattr(self, "is_concatenated", True)
         inner = torch.stack(parts, -1).flatten(-2) if apart else torch.cat(parts, -1)
-        inner = inner + self._bias(self._up_parameter, number)
+        inner = inner + self._bias(self._up_parameter, expert, count)
         if not getattr(self, "has_gate", True):
             return self.act_fn(inner)
         if hasattr(self, "_apply_gate"):
@@ -280,15 +315,9 @@ class _Packed(nn.Module):
         gate, up = inner.chunk(2, -1)
         return up * self.act_fn(gate)
 
-    def _outer(self, number: int, inner: Tensor) -> Tensor:
-        """Return what an expert gives, [T, I]."""
-        expert = self.get_submodule(str(number))
-        made: Tensor = expert.get_submodule(self._down)(inner)
-        return made + self._bias(DOWN, number)
-
-    def _bias(self, parameter: str, number: int) -> Tensor | float:
+    def _bias(self, parameter: str, expert: Tensor, count: int) -> Tensor | float:
         held = self._parameters.get(f"{parameter}_bias")
-        return 0.0 if held is None else held[number]
+        return 0.0 if held is None else held[expert.clamp(max=count - 1)]
 
 
 class PackedExperts(_Packed):
@@ -306,18 +335,14 @@ class PackedExperts(_Packed):
             top_k_index: numbers of the chosen experts [T, k]; numbers beyond the last choose none.
             top_k_weights: their weights [T, k].
         """
-        out = torch.zeros_like(hidden_states)
-        chosen = top_k_index.unique().tolist()
-        for number in chosen:
-            if str(number) not in self._modules:
-                continue
-            token, slot = torch.where(top_k_index == number)
-            made = self._outer(number, self._inner(number, hidden_states[token]))
-            if getattr(self, "has_post_expert_norm", False):
-                made = self.post_expert_norm(made)
-            made = made * top_k_weights[token, slot, None]
-            out.index_add_(0, token, made.to(out.dtype))
-        return out
+        tokens, many = top_k_index.shape
+        expert = top_k_index.reshape(-1)
+        made = self._run(hidden_states.repeat_interleave(many, 0), expert)
+        if getattr(self, "has_post_expert_norm", False):
+            made = self.post_expert_norm(made)
+        weights = top_k_weights.masked_fill(top_k_index >= self._count(), 0)
+        made = made * weights.reshape(-1, 1)
+        return made.to(hidden_states.dtype).view(tokens, many, -1).sum(1)
 
 
 class PackedSortedExperts(_Packed):
@@ -328,14 +353,11 @@ class PackedSortedExperts(_Packed):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the experts' outputs [E * T, I], for tokens [E * T, I] sorted by expert."""
-        count = sum(name.isdigit() for name in self._modules)
-        out = torch.zeros_like(hidden_states)
-        given = hidden_states.view(count, -1, hidden_states.shape[-1])
-        for number, (mine, made) in enumerate(zip(given, out.view_as(given), strict=True)):
-            token = mine.ne(0).any(-1).nonzero().squeeze(-1)
-            if len(token):
-                made[token] = self._outer(number, self._inner(number, mine[token])).to(out.dtype)
-        return out
+        count = self._count()
+        number = torch.arange(count, device=hidden_states.device)
+        idle = hidden_states.eq(0).all(-1)
+        expert = number.repeat_interleave(len(hidden_states) // count).masked_fill(idle, count)
+        return self._run(hidden_states, expert).masked_fill(idle[:, None], 0)
 
 
 @functools.cache
