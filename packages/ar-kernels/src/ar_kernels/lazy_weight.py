@@ -26,12 +26,13 @@ class LazyWeight(torch.Tensor):
     _layer: QuantLinear
     _is_hf_initialized = True  # Transformers leaves such tensors as they were loaded
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # noqa: SLF001 - as torch's docs say
+    # torch's own way to leave everything to __torch_dispatch__
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment] # noqa: SLF001
 
     @staticmethod
     def __new__(cls, layer: QuantLinear) -> LazyWeight:
         """Return the stand-in for the weight of a layer."""
-        made: LazyWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined] # noqa: SLF001
+        made: LazyWeight = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
             cls, (layer.rows, layer.columns), dtype=layer.dtype, device=layer.device
         )
         made._layer = layer  # noqa: SLF001
@@ -45,7 +46,7 @@ class LazyWeight(torch.Tensor):
         with torch.no_grad():
             return layer.quantized().dequantize(layer.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Return what it stands for, without numbers."""
         return f"LazyWeight({self._layer})"
 

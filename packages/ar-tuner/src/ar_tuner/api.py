@@ -20,7 +20,7 @@ from ar_tuner.blocks import Discovery, find_blocks, layers_of
 from ar_tuner.compiling import Compiled, plain, refusal
 from ar_tuner.devices import CPU, Machine, default, parse, place
 from ar_tuner.errors import TunerError
-from ar_tuner.names import strangers
+from ar_tuner.names import kept_in_parts, strangers
 from ar_tuner.plans import check_computable, with_scale_dtype
 from ar_tuner.registry import adjust_plan, algorithm, find_adapter, host, scheme_for_format, stage
 from ar_tuner.residence import Kept
@@ -306,8 +306,7 @@ class AutoRound:
         adapter = find_adapter(getattr(model, "config", None))
         wiring = None if self.source is None else self.blueprint().wiring
         discovery = find_blocks(model, adapter, paths=self.settings.block_paths, wiring=wiring)
-        layers = list(layers_of(model, discovery, adapter))
-        layers += self._strangers(layers)
+        layers = self._in_files(list(layers_of(model, discovery, adapter)))
         return adapter, discovery, layers, self._resolved(model, layers, self._rules())
 
     def _rules(self) -> LayerRules:
@@ -338,11 +337,12 @@ class AutoRound:
             size=Sizer(self._formats, self._config(model), float_facts(model, self.source)),
         )
 
-    def _strangers(self, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
+    def _in_files(self, layers: list[LayerInfo]) -> list[LayerInfo]:
         if self.source is None:
-            return []
+            return layers
         found = self.blueprint()
-        return strangers(found.source, found.wiring.unknown, layers)
+        layers = kept_in_parts(layers, found.wiring.covered)
+        return layers + strangers(found.source, found.wiring.unknown, layers)
 
     def _placement(self, discovery: Discovery) -> Placement:
         sizes = [(b.name, sum(p.nbytes for p in b.module.parameters())) for b in discovery.blocks]
