@@ -34,7 +34,6 @@ FAMILIES = {
     "deepseek_v4": "head",
     "gpt_neox": "embed_out",
     "hy_v3": "model.layers.1.mlp.shared_mlp.gate_proj",
-    "hrm_text": "model.H_module.layers.0.attn.gqkv_proj",
     "inkling2_text": "model.llm.layers.0.attn.wq_du",
     "laguna": "model.layers.1.mlp.shared_expert.gate_proj",
     "llava": "language_model.model.layers.0.self_attn.q_proj",
@@ -109,13 +108,12 @@ def test_a_model_in_memory_is_written_under_the_names_of_files(tmp_path) -> None
     assert float_names(path) == set(open_checkpoint(tmp_path / "source").names)
 
 
-def test_a_weight_that_is_joined_with_others_in_the_files_stays_and_is_reported(tmp_path) -> None:
+def test_a_weight_that_is_cut_from_one_of_the_files_is_written_in_parts(tmp_path) -> None:
     source = saved("hrm_text", tmp_path / "source")
-    job = AutoRound(source, dataset=ROWS, **RTN)
-    rows = [
-        r for r in job.plan().rows if r.layer.name.endswith("L_module.layers.0.self_attn.q_proj")
-    ]
-    assert [(r.quantized, "one tensor with others" in r.reason) for r in rows] == [(False, True)]
+    path, report = quantized(source, tmp_path / "out", "auto_round")
+    assert report.ok, report.findings
+    names = open_checkpoint(path).names
+    assert any("L_module.layers.0.self_attn.q_proj.qweight" in name for name in names)
 
 
 def test_a_linear_layer_by_class_only_stays_as_it_is(tmp_path) -> None:

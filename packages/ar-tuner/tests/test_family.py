@@ -6,9 +6,8 @@ import torch
 from ar_tuner.blocks import find_blocks
 from ar_tuner.errors import TunerError
 from ar_tuner.registry import find_adapter
-from ar_tuner.testing import tiny_model, tiny_rows
+from ar_tuner.testing import STEPS, check_family, image_batch, read_known, tiny_model, tiny_rows
 from ar_tuner.testing.checkpoints import audit
-from ar_tuner.testing.images import image_batch
 from ar_tuner.testing.walking import check_called, check_walk, difference, silent_weights
 
 pytest.importorskip("transformers")
@@ -76,3 +75,19 @@ def test_names_are_compared_but_for_quantized_endings(tmp_path) -> None:
     save_file(state, made / "model.safetensors")
     with pytest.raises(TunerError, match="missing 1: .'lm_head.weight'.*in excess 1"):
         audit(source, made, model)
+
+
+def test_known_failures_say_step_and_reason(tmp_path) -> None:
+    file = tmp_path / "known.toml"
+    file.write_text('["kosmos-2.5"]\nstep = "forward"\nreason = "images"\n')
+    assert read_known(file)["kosmos-2.5"]["step"] == "forward"
+    file.write_text('[blip]\nstep = "forward"\n')
+    with pytest.raises(TunerError, match="blip must have a step and a reason"):
+        read_known(file)
+
+
+def test_a_step_that_fails_ends_the_check_and_is_named() -> None:
+    record = check_family("musicgen")
+    assert (record.failed, record.facts) == ("build", {})
+    assert "musicgen" in record.error
+    assert STEPS[0] == "build"

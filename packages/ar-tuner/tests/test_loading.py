@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ar_tuner import TunerError
+from ar_tuner import AutoRound, TunerError
 from ar_tuner.evaluate import compare, perplexity, windows
 from ar_tuner.loading import check_source, checked_device, load_meta, load_model, load_tokenizer
 from ar_tuner.names import map_names, source_files, source_tensors
@@ -125,3 +125,14 @@ def test_windows_do_not_overlap_and_leave_the_rest() -> None:
     assert windows(Letters(), "abcdefgh", seqlen=3, tokens=5).shape == (1, 3)
     with pytest.raises(TunerError, match="less than one window of 9"):
         windows(Letters(), "abcdefgh", seqlen=9)
+
+
+def test_layers_that_are_several_tensors_in_the_checkpoint_stay_and_say_why(tmp_path) -> None:
+    from ar_tuner.testing import tiny_model
+
+    tiny_model("minimax_m3_vl").save_pretrained(tmp_path)
+    plan = AutoRound(tmp_path, group_size=32).plan()
+    row = plan["model.language_model.layers.0.mlp.shared_experts.gate_up_proj"]
+    assert not row.quantized
+    assert "joined of 2 tensors of the checkpoint" in row.reason
+    assert plan["model.language_model.layers.0.mlp.shared_experts.down_proj"].quantized

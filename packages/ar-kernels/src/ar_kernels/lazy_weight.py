@@ -26,7 +26,7 @@ class LazyWeight(torch.Tensor):
     _layer: QuantLinear
     _is_hf_initialized = True  # Transformers leaves such tensors as they were loaded
 
-    # as torch's docs say
+    # torch's own way to leave everything to __torch_dispatch__
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment] # noqa: SLF001
 
     @staticmethod
@@ -46,7 +46,7 @@ class LazyWeight(torch.Tensor):
         with torch.no_grad():
             return layer.quantized().dequantize(layer.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override] # torch's
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Return what it stands for, without numbers."""
         return f"LazyWeight({self._layer})"
 

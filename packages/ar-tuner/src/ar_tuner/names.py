@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ar_tuner.source import Source
+    from ar_tuner.wiring import Piece
 
 
 _TYPES = {
@@ -73,6 +75,24 @@ def map_names(model_keys: Iterable[str], source_keys: Iterable[str]) -> dict[str
 
 def _tail(key: str) -> str:
     return ".".join(key.split(".")[-2:])
+
+
+def kept_in_parts(layers: Iterable[LayerInfo], pieces: Mapping[str, Piece]) -> list[LayerInfo]:
+    """Return layers with those kept in high precision that are several tensors in the checkpoint.
+
+    Args:
+        layers: layers of the model.
+        pieces: what makes the model's tensors of those of the checkpoint, by the former's names.
+    """
+    out = []
+    for layer in layers:
+        piece = pieces.get(f"{layer.name}.weight")
+        parts = 1 if piece is None or piece.convert is None else len(piece.sources)
+        if parts > 1 and layer.keep is None:
+            why = f"joined of {parts} tensors of the checkpoint, which have no layers of their own"
+            layer = dataclasses.replace(layer, keep=why)  # noqa: PLW2901
+        out.append(layer)
+    return out
 
 
 def strangers(

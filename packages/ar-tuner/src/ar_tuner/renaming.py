@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ar_schemes import LayerPlan
-from ar_tuner.names import strangers
+from ar_tuner.names import kept_in_parts, strangers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,33 +21,27 @@ if TYPE_CHECKING:
     from ar_tuner.source import Source
     from ar_tuner.wiring import Wiring
 
-_JOINED = "its weight is one tensor with others in the checkpoint: stays as it is there"
-
 
 def layers_in_files(
     layers: Sequence[LayerInfo], wiring: Wiring, source: Source | None
 ) -> list[LayerInfo]:
     """Return the layers of a model and those that its checkpoint holds beside them.
 
-    Layers whose weight is no tensor of its own in the checkpoint are marked to be kept.
+    Layers whose weight is several tensors in the checkpoint are marked to be kept.
 
     Args:
         layers: of the model.
         wiring: how it is made of a checkpoint.
         source: the checkpoint, None where there is none.
     """
-    joined = _joined(wiring)
-    mine = [
-        replace(layer, keep=layer.keep or _JOINED) if f"{layer.name}.weight" in joined else layer
-        for layer in layers
-    ]
+    mine = kept_in_parts(layers, wiring.covered)
     return mine if source is None else [*mine, *strangers(source, wiring.unknown, layers)]
 
 
 def plan_in_files(plan: LayerPlan, wiring: Wiring) -> LayerPlan:
     """Return a plan whose layers and blocks bear their names in the files.
 
-    A layer that is one tensor with others there stands under that tensor's name, once.
+    A layer that is several tensors there stands under the name of each.
     """
     names, joined = wiring.names, _joined(wiring)
     blocks = {b: _block(b, names) for b in dict.fromkeys(r.layer.block for r in plan.rows) if b}
@@ -62,11 +56,11 @@ def plan_in_files(plan: LayerPlan, wiring: Wiring) -> LayerPlan:
 
 
 def _joined(wiring: Wiring) -> dict[str, tuple[str, ...]]:
-    """Return the tensors that a weight of the model is made of, where it is not one alone."""
+    """Return the tensors that a weight of the model is joined of, where there are several."""
     return {
         target: piece.sources
         for target, piece in wiring.covered.items()
-        if piece.convert is not None and target.endswith(".weight")
+        if piece.convert is not None and len(piece.sources) > 1 and target.endswith(".weight")
     }
 
 

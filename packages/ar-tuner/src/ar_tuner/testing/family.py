@@ -192,7 +192,7 @@ def _discover(subject: _Subject) -> None:
     order = check_called(model, adapter, found, subject.batches)
     subject.found = found
     model.save_pretrained(subject.folder / "source")
-    subject.job = AutoRound(model, scheme="W4A16", group_size=GROUP)
+    subject.job = AutoRound(subject.folder / "source", scheme="W4A16", group_size=GROUP)
     plan = subject.job.plan()
     record.facts |= {
         "lists": [f"{path} x{len(model.get_submodule(path))}" for path in found.lists],

@@ -164,8 +164,8 @@ def _tiled(config: Any) -> Pixels:
 
 def _flat(config: Any) -> Pixels:
     """Patches one after the other, and how they lie (Qwen's way)."""
-    vision = config.vision_config
-    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
+    vision: Any = config.vision_config
+    channels: Any = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
     depth = getattr(vision, "temporal_patch_size", 1)
     width = channels * depth * vision.patch_size**2
     grid = torch.tensor([[1, 4, 4]])
