@@ -144,6 +144,14 @@ def test_positions_in_time_height_and_width_are_taken_along_their_second_axis() 
     assert torch.equal(kwargs["rope"][0], tables[:, [6, 1]])
 
 
+def test_a_call_with_several_entries_per_row_is_drawn_whole() -> None:
+    features = torch.arange(8.0).view(8, 1, 1)  # two rows of four tiles
+    bank = RowBank.of([Call(0, (torch.ones(2, 3),), {"seen": features})], [2])
+    draw = bank.minibatches(2, torch.Generator().manual_seed(0))
+    assert all(draw() == [0, 1] for _ in range(4))
+    assert bank.chunks(1, 1) == [[0, 1]]
+
+
 def test_a_row_may_be_an_output_of_any_shape() -> None:
     calls = [Call(0, (torch.ones(n, 4),), {"ends": torch.tensor([0, n])}) for n in (6, 9, 6)]
     bank = RowBank.of(calls, [1, 1, 1])

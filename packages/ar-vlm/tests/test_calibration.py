@@ -236,7 +236,12 @@ def test_sets_are_told_apart_by_what_they_show(samples_file: Path, tmp_path: Pat
     assert Data.of(None) == Data()
     records = [{"text": "words"}, {"image": "a.png", "caption": "x"}]
     assert Data.of(records) == Data([records[0]], (records[1],))
-    assert Data.of("pile-10k").shown == ()
+    assert Data.of("pile-10k", unknown=True).shown == ()
+    assert [r.name for r in Data.of("llava").shown] == ["llava"]
+    assert Data.of("somebody/some-set").shown == ()
+    assert [r.name for r in Data.of("somebody/some-set", unknown=True).shown] == [
+        "somebody/some-set"
+    ]
 
 
 def test_the_rows_of_a_set_are_as_many_as_it_says(

@@ -3,7 +3,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -192,6 +195,26 @@ def test_what_is_no_sample_is_an_error(record: object, said: str) -> None:
 def test_a_name_is_looked_up_on_a_hub_with_consent_only() -> None:
     with pytest.raises(TunerError, match="allow downloads"):
         read_samples("somebody/some-set")
+
+
+def test_llavas_sets_are_read_from_the_hub_and_their_images_from_a_folder_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    said = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "dots"}]
+    rows = [{"image": name, "conversations": said} for name in ("0.png", "far.jpg")]
+
+    def load_dataset(path: str, **options: Any) -> list[Any]:
+        asked.append((path, options["data_files"]))
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(VlmError, match="allow downloads to fetch it and its images"):
+        read_samples("llava")
+    near, far = read_samples("llava_conv_58k", images=folder, allow_download=True)
+    assert asked == [("liuhaotian/LLaVA-Instruct-150K", "conversation_58k.json")]
+    assert near.pictures[0].source == folder / "0.png"
+    assert far.pictures[0].source == "http://images.cocodataset.org/train2017/far.jpg"
 
 
 def test_a_limit_stops_reading() -> None:

@@ -31,7 +31,14 @@ _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|gate_network)(\.|$)
 
 @runtime_checkable
 class ModelAdapter(Protocol):
-    """How one model departs from the generic rules."""
+    """How one model departs from the generic rules.
+
+    Four members are optional, for models that see. `configured(asked) -> ModelAdapter`: the
+    adapter for what a user asks (`ar_tuner.imagery.Asked`). `imagery`: None, or an
+    `ar_tuner.imagery.Imagery`, which gives samples with images. `further_blocks(model, lists) ->
+    names`: modules outside of the decoder's lists that are tuned as blocks. `check_reached(layers,
+    note)`: judges the layers to be quantized that a row of text gives no gradient.
+    """
 
     name: str
 

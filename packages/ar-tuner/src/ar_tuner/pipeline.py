@@ -193,7 +193,7 @@ def _blind(job: Job, index: int) -> BlockOutcome:
     began, block = time.perf_counter(), job.blocks[index]
     job.enter(index)
     job.entered(index)
-    results, restored = quantize_span(job, (index,), None, [])
+    results, restored = quantize_span(job, (index,), None, {})
     install(block.module, _replacements(job, block, results[index].weights))
     return BlockOutcome(index, block.name, results[index], time.perf_counter() - began, restored)
 
@@ -219,7 +219,7 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
     left = Counter(index for span in spans for index in span)
     done: dict[int, BlockResult] = {}
     replaced: dict[int, dict[str, Tensor]] = {}
-    errors: dict[str, list[float]] = {}  # by list: blocks of a tower are no measure for others
+    errors: dict[str, list[float]] = {}
     weights = token_weights(job) if job.weigh_tokens else None
     with suspended(entry, modules, batches * (2 if job.quantized_inputs else 1)) as frames:
         for position, span in enumerate(spans):
@@ -242,8 +242,7 @@ def _walk(job: Job) -> Iterator[BlockOutcome]:
                 firsts = [f.call for f in quants or floats if f.call is not None]
                 counted = None if weights is None else weights[min(span[-1], len(weights) - 1)]
                 material = Material(firsts, passages, energy, counted, [samples[i] for i in here])
-                near = errors.setdefault(list_of(blocks[span[0]].name), [])
-                results, restored = quantize_span(job, span, material, near)
+                results, restored = quantize_span(job, span, material, errors)
                 del firsts, material
                 for index in span:  # folded, where it is to be
                     job.entered(index)

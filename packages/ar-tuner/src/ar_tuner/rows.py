@@ -230,9 +230,17 @@ def _group(
         same = all(_same(leaves[i][path], first) for i in numbers[1:])
         if axis is not None and (not same or most > 1 or len(numbers) == 1):
             axes[path] = axis
-        elif not same:
+        elif not same or (len(numbers) == 1 and _may_be_rows(first, most)):
             joinable = False
     return _Group(tuple(numbers), axes, joinable and bool(axes))
+
+
+def _may_be_rows(leaf: Tensor, rows: int) -> bool:
+    """Tell whether a tensor may hold several entries per row, one row after the other.
+
+    Image features do: [rows x tiles, patches, H]. Of several calls they would differ.
+    """
+    return leaf.ndim > 2 and leaf.shape[0] > rows > 1 and leaf.shape[0] % rows == 0  # noqa: PLR2004
 
 
 def _plain(tree: object) -> object:

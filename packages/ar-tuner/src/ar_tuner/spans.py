@@ -13,6 +13,7 @@ from ar_tuner.algorithms.base import BlockResult, BlockTask, Target
 from ar_tuner.algorithms.block_tuning import Tuned
 from ar_tuner.algorithms.head import head_ranges, state_of
 from ar_tuner.algorithms.rtn import nearest_of
+from ar_tuner.blocks import list_of
 from ar_tuner.errors import TunerError
 from ar_tuner.folding import Folding, apply, fold
 from ar_tuner.fused import shared_values
@@ -52,16 +53,21 @@ class Material:
 
 
 def quantize_span(
-    job: Job, span: tuple[int, ...], material: Material | None, errors: list[float]
+    job: Job, span: tuple[int, ...], material: Material | None, known: dict[str, list[float]]
 ) -> tuple[dict[int, BlockResult], bool]:
-    """Return what becomes of the blocks of a window, and whether an earlier run has done it."""
+    """Return what becomes of the blocks of a window, and whether an earlier run has done it.
+
+    `known`: relative errors of earlier blocks by the list they are in, which grows: the layers of
+    a tower are no measure for those of a decoder.
+    """
+    errors = known.setdefault(list_of(job.blocks[span[0]].name), [])
     saved = [job.finished(index) for index in span]
     restored = [r for r in saved if r is not None]
     if len(restored) == len(span):
         errors.extend(r.relative for r in restored[:1] if r.relative is not None)
-        for index, known in zip(span, restored, strict=True):
-            if known.folding is not None:
-                apply(job.blocks[index].module, job.targets(job.blocks[index]), known.folding)
+        for index, made in zip(span, restored, strict=True):
+            if made.folding is not None:
+                apply(job.blocks[index].module, job.targets(job.blocks[index]), made.folding)
         return dict(zip(span, restored, strict=True)), True
     targets = {index: job.targets(job.blocks[index]) for index in span}
     if not any(targets.values()):

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-SIGHT = ("vision_config", "visual_config", "vision_encoder_config")
+SIGHT = ("vision_config", "visual_config", "vision_encoder_config", "img_processor")
 """Names under which a configuration holds that of its vision part."""
+READING = ("text_config", "llm_config", "language_config", "vocab_size")
+"""Names under which it holds that of its text part, or shows that it is one itself."""
 NEEDS_IMAGES = frozenset(
     [
         "blip",
@@ -45,8 +47,8 @@ def sees(config: Any) -> bool:
     thinker = getattr(config, "thinker_config", None)
     if thinker is not None:
         return sees(thinker)
-    text = getattr(config, "text_config", None)
-    return text is not None and any(getattr(config, name, None) is not None for name in SIGHT)
+    reads = any(getattr(config, name, None) is not None for name in READING)
+    return reads and any(getattr(config, name, None) is not None for name in SIGHT)
 
 
 def silent_blocks(config: Any) -> frozenset[int]:
@@ -124,7 +126,7 @@ class VisionLanguageAdapter(GenericAdapter):
             model: the model.
             lists: paths of the lists of decoder blocks.
         """
-        return further_blocks(model, lists) if self._asked.nontext else ()
+        return further_blocks(model, self.entry(model), lists) if self._asked.nontext else ()
 
     def check_reached(self, layers: Sequence[str], note: Callable[[Any, str], None]) -> None:
         """Judge the layers to be quantized that a row of text gives no gradient.

@@ -16,6 +16,7 @@ from ar_tuner.events import Note
 from ar_vlm.errors import VlmError
 from ar_vlm.inputs import Inputs
 from ar_vlm.samples import Sample, read_samples
+from ar_vlm.samples.read import known_set
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,11 +48,14 @@ class Data:
     shown: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, dataset: Any) -> Data:
-        """Return data told apart; nothing but the first records of files is read."""
+    def of(cls, dataset: Any, *, unknown: bool = False) -> Data:
+        """Return data told apart; nothing but the first records of files is read.
+
+        `unknown`: names that nothing is known of are taken for sets that show images.
+        """
         requests = requests_of(dataset)
         if requests is not None:
-            shown = tuple(r for r in requests if _shows(r))
+            shown = tuple(r for r in requests if _shows(r, unknown=unknown))
             rest = tuple(r for r in requests if r not in shown)
             return cls(rest if shown and rest else None if shown else dataset, shown)
         if isinstance(dataset, (list, tuple)):
@@ -91,7 +95,8 @@ class ImageCalibration:
         Raises:
             VlmError: images are asked for and there are none, or the other way round.
         """
-        data = Data.of(asked.dataset)
+        hinted = asked.calibration in ("image", "mixed") or bool(asked.image_folder)
+        data = Data.of(asked.dataset, unknown=hinted)
         if asked.calibration == "text" or (asked.calibration is None and not data.shown):
             if data.shown:
                 names = ", ".join(getattr(s, "label", "the records given") for s in data.shown[:3])
@@ -204,15 +209,13 @@ def _message_shows(message: Mapping[str, Any]) -> bool:
     return any(isinstance(p, Mapping) and p.get("type") in _PARTS for p in parts)
 
 
-def _shows(request: SetRequest) -> bool:
+def _shows(request: SetRequest, *, unknown: bool) -> bool:
     """Tell whether a set shows images: one of its first records does, or it says so."""
-    from ar_tuner.registry import datasets
-
-    known = datasets().get(request.name)
+    known = known_set(request.name)
     if known is not None:
         return bool(getattr(known, "shows_images", False))
     if not is_local(request.name):
-        return False
+        return unknown
     records = read_path(Path(request.name), splits=request.splits)
     return any(shows(record) for record in itertools.islice(records, PEEKED))
 

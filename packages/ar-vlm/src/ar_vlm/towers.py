@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,13 +18,17 @@ _OTHER = re.compile(
     re.IGNORECASE,
 )
 """What listens, speaks or draws."""
+_IMAGE = re.compile(r"(^|\.)(image_\w+|img_\w+)(\.|$)")
+"""Further names of what looks at images, within the text decoder."""
 _KEPT = (
     (
         re.compile(r"(^|\.)(\w*patch_embed\w*|\w*patchifier|\w*embeddings?|\w*position\w*)(\.|$)"),
         "first layer of the tower: small, and everything passes it",
     ),
     (
-        re.compile(r"(^|\.)(vision_model|vision_tower|visual)(\.\w+)*\.(head|pooler)(\.|$)"),
+        re.compile(
+            r"(^|\.)(vision_model|vision_tower|visual|img_processor)(\.\w+)*\.(head|pooler)(\.|$)"
+        ),
         "pooling head: the language model does not use it",
     ),
 )
@@ -37,7 +41,7 @@ def kept_part(name: str) -> str | None:
     return next((reason for pattern, reason in _KEPT if pattern.search(name)), None)
 
 
-def further_blocks(model: nn.Module, lists: Sequence[str]) -> tuple[str, ...]:
+def further_blocks(model: nn.Module, entry: Any, lists: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the modules outside of the text decoder that are tuned as blocks.
 
     The layers of towers one by one; what holds linear layers and no such layers (projectors,
@@ -45,10 +49,11 @@ def further_blocks(model: nn.Module, lists: Sequence[str]) -> tuple[str, ...]:
 
     Args:
         model: the model, with weights or without.
+        entry: the part of it whose forward is called.
         lists: paths of the lists of decoder blocks.
     """
     text = {path.rpartition(".")[0] for path in lists} - {""}
-    heads = {id(m) for m in (model.get_output_embeddings(), model.get_input_embeddings())}  # type: ignore[operator]
+    heads = {id(m) for m in (entry.get_output_embeddings(), entry.get_input_embeddings())}
 
     def is_sight(name: str, module: nn.Module) -> bool:
         if id(module) in heads or kept_part(name) is not None:
@@ -56,7 +61,7 @@ def further_blocks(model: nn.Module, lists: Sequence[str]) -> tuple[str, ...]:
         if any(name.startswith(f"{path}.") for path in lists):
             return False
         inside = any(name.startswith(f"{path}.") for path in text)
-        return NON_TEXT.search(name) is not None or not inside
+        return not inside or any(pattern.search(name) for pattern in (NON_TEXT, _IMAGE))
 
     found = [name for name, m in model.named_modules() if is_linear(m) and is_sight(name, m)]
     return tuple(_units(model, "", found))

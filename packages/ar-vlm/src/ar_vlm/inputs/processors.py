@@ -60,10 +60,23 @@ def _whole(path: Path, trust: bool) -> Any:  # noqa: FBT001
 def _bare(path: Path, trust: bool) -> Any:  # noqa: FBT001
     """Return the processor with None for each part but the image processor and the tokenizer."""
     cls = _processor_class(path)
+    cls = _without_video(cls)
     loaders = {"tokenizer": _tokenizer, "image_processor": _image_processor}
     parts = [loaders[n](path, trust) if n in loaders else None for n in cls.get_attributes()]
     settings, _ = cls.get_processor_dict(path, local_files_only=True)
     return _lenient(cls).from_args_and_dict(parts, settings)
+
+
+def _without_video(cls: Any) -> Any:
+    """Return a processor class that does the same for images where a class asks for more."""
+    import transformers
+
+    name = _STAND_INS.get(cls.__name__)
+    return cls if name is None else getattr(transformers, name)
+
+
+_STAND_INS = {"SmolVLMProcessor": "Idefics3Processor"}
+"""SmolVLM's own writes out the times of video frames in words, with a package for that."""
 
 
 def _lenient(cls: Any) -> Any:

@@ -78,10 +78,12 @@ class Places:
     Attributes:
         folders: tried one after the other for a relative name.
         fetch: addresses may be fetched over the network.
+        base: address that names are put behind which are in no folder.
     """
 
     folders: tuple[Path, ...] = ()
     fetch: bool = False
+    base: str | None = None
 
     def picture(self, value: Any) -> Picture:
         """Return the image that a value of a record means.
@@ -142,7 +144,10 @@ class Places:
                 )
                 raise VlmError(msg)
             return Picture(name)
-        return Picture(self._file(name.removeprefix("file://")))
+        picture = Picture(self._file(name.removeprefix("file://")))
+        if self.base is not None and picture.missing:
+            return self._named(self.base + name)
+        return picture
 
     def _file(self, name: str) -> Path:
         """Return the file of a name: as it stands, or in a folder, there or not."""

@@ -14,6 +14,7 @@ from ar_vlm.samples.records import sample_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ar_tuner.calibration import DatasetSource
     from ar_vlm.samples.sample import Sample
 
 
@@ -50,7 +51,8 @@ def read_samples(
         msg = f"image folder {', '.join(map(repr, lost))} does not exist"
         raise VlmError(msg)
     records, where, home = _records(source, allow_download=allow_download)
-    places = Places((*folders, *([home] if home is not None else [])), fetch=allow_download)
+    around = (*folders, *([home] if home is not None else []))
+    places = Places(around, allow_download, getattr(known_set(source), "image_base", None))
     out: list[Sample] = []
     for number, record in enumerate(records, 1):
         if limit is not None and len(out) == limit:
@@ -78,13 +80,20 @@ def _records(source: Any, *, allow_download: bool) -> tuple[Iterable[Any], str, 
 
 def _named(name: str, *, allow_download: bool) -> Iterator[Any]:
     from ar_tuner.calibration import HubSet, Place, Query
+
+    found = known_set(name) or HubSet(name, hub=Place(name))
+    return iter(found.records(Query(allow_download=allow_download)))
+
+
+def known_set(name: Any) -> DatasetSource | None:
+    """Return the registered set of a name."""
     from ar_tuner.registry import datasets
 
-    query = Query(allow_download=allow_download)
+    if not isinstance(name, str):
+        return None
     known = datasets()
     aliased = (s for s in known.values() if name in getattr(s, "aliases", ()))
-    found = known.get(name) or next(aliased, None) or HubSet(name, hub=Place(name))
-    return iter(found.records(query))
+    return known.get(name) or next(aliased, None)
 
 
 def _check_there(samples: Sequence[Sample], places: Places) -> None:
