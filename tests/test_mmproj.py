@@ -163,3 +163,12 @@ def test_a_model_without_word_of_its_images_is_refused(checkpoints, tmp_path) ->
     (source / "processor_config.json").unlink()
     with pytest.raises(ExportError, match="image_mean and image_std are neither"):
         written(source, tmp_path / "out")
+
+
+def test_pixtral_without_the_token_that_ends_rows_is_refused(checkpoints, tmp_path) -> None:
+    source: Any = tmp_path / "source"
+    shutil.copytree(checkpoints["mistral3"][0], source)
+    text = (source / "tokenizer.json").read_text()
+    (source / "tokenizer.json").write_text(text.replace("[IMG_BREAK]", "[OTHER]"))
+    with pytest.raises(ExportError, match=r"needs the token \[IMG_BREAK\]"):
+        written(source, tmp_path / "out")

@@ -14,8 +14,8 @@ from ar_export.formats.dtypes import config_dtype
 from ar_export.gguf.architectures import architecture_of
 from ar_export.gguf.metadata import add, heads, metadata, rope_factors
 from ar_export.gguf.mix import FILE_TYPES, variant_of
-from ar_export.gguf.mmproj.families import check_eyes, family_of
-from ar_export.gguf.mmproj.writer import MmprojWriter, break_token
+from ar_export.gguf.mmproj.families import break_token, check_eyes, family_of
+from ar_export.gguf.mmproj.writer import MmprojWriter
 from ar_export.gguf.multimodal import WRAPPER, described, sees, text_key, text_of, wrapper_of
 from ar_export.gguf.rows import reordered, row_order
 from ar_export.gguf.tokenizer import write_tokenizer

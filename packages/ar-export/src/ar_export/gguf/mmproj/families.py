@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     Facts = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 
+BREAK = "[IMG_BREAK]"
 _QWEN_IMAGE = 560
 """Side of the image that graphs of Qwen's towers are sized for; they take any."""
 
@@ -86,6 +87,9 @@ def check_eyes(config: Mapping[str, Any], plan: LayerPlan, source: Path | None) 
     if bad:
         msg = f"an mmproj file holds floats only, the plan quantizes {', '.join(bad[:4])}"
         raise ExportError(msg)
+    if family.tower.permuted and (source is None or break_token(source) is None):
+        msg = f"llama.cpp's Pixtral needs the token {BREAK}, and no tokenizer.json here has it"
+        raise ExportError(msg)
     if source is not None:
         metadata(family, config, processor_settings(source), file_type=0)
 
@@ -99,6 +103,15 @@ def processor_settings(folder: Path) -> dict[str, Any]:
             inner = found.get("image_processor")
             out |= found | (inner if isinstance(inner, dict) else {})
     return out
+
+
+def break_token(folder: Path) -> int | None:
+    """Return the number of the token `[IMG_BREAK]` of the tokenizer in a directory, or None."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or ()
+    return next((int(t["id"]) for t in added if t.get("content") == BREAK), None)
 
 
 def metadata(

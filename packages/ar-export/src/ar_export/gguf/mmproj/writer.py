@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,6 @@ SOURCES = "ar.source.names"
 """Key of the names that the file's tensors have in the checkpoint, in the file's order."""
 KEPT = "ar."
 """Begin of the names of tensors that llama.cpp has no use for; a reader gets them back."""
-BREAK = "[IMG_BREAK]"
 BREAK_ROW = "v.token_embd.img_break"
 _CONV3D, _MATRIX = 5, 2
 _F32, _F16 = 0, 1
@@ -117,12 +115,3 @@ class MmprojWriter:
         self._half |= fits
         self._names.append(key)
         self._writer.add_tensor(name, data.contiguous().numpy(), raw_dtype=kind)
-
-
-def break_token(folder: Path) -> int | None:
-    """Return the number of the token `[IMG_BREAK]` of the tokenizer in a directory, or None."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or ()
-    return next((int(t["id"]) for t in added if t.get("content") == BREAK), None)
