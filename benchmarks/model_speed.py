@@ -5,9 +5,9 @@
 The model has the shape of Qwen3-0.6B and random weights, so nothing is downloaded; DIR lends a
 tokenizer, which a GGUF file needs (its vocabulary is padded). It is rounded to W4A16 in groups of
 128 for ours and to Q4_0 for llama.cpp: the same number of bits for the same linear layers, read
-with the same number of threads. llama.cpp's file holds the tied embedding, which is the output head
-too, in 6 bits (Q6_K); ours holds it in bf16, and `--heads` adds rows that compute with a head of
-fewer bits, made as the model is opened. Tokens are random; each row is the median of several
+with the same number of threads. llama.cpp's file holds the tied embedding, which is the output
+head too, in 6 bits (Q6_K); ours holds it in bf16, and `--heads` adds rows that compute with a head
+of fewer bits, made as the model is opened. Tokens are random; each row is the median of several
 passes, the programs take turns.
 """
 
