@@ -364,3 +364,27 @@ def test_the_demo_takes_one_scheme(tmp_path) -> None:
     done = ar("quantize", "--demo", "--avg-bits", 3, *AUTO, "-o", tmp_path / "out")
     assert done.exit_code == 2
     assert "--demo takes one --scheme" in done.output
+
+
+def test_models_lists_families_with_what_was_verified() -> None:
+    done = ar("models", "--type", "llama")
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert any(line.split()[:3] == ["llama", "text", "yes"] for line in lines)
+    assert "model.layers" in done.output
+    facts = json.loads(ar("models", "--json").stdout)
+    rows = {row["type"]: row for row in facts["families"]}
+    assert len(rows) > 200
+    assert rows["llama"]["formats"] == ["auto_round"]
+    assert all(row["reason"] for row in rows.values() if not row["passes"])
+
+
+def test_models_says_what_would_happen_with_a_checkpoint(tmp_path) -> None:
+    told = ar("models", DEMO).output
+    assert "verified with a tiny model" in told
+    assert "layers to be quantized (W4A16): 28" in told
+    facts = json.loads(ar("models", DEMO, "--json").stdout)
+    assert (facts["blocks"], facts["lists"]) == (4, ["model.layers"])
+    done = ar("models", tmp_path)
+    assert isinstance(done.exception, ArError)
+    assert "no config.json" in str(done.exception)

@@ -13,6 +13,7 @@ from ar_cli.commands import (
     evaluate,
     generate,
     listings,
+    models,
     plan,
     plugins,
     quantize,
@@ -39,6 +40,7 @@ def ar_register_commands() -> list[click.Command]:
         listings.schemes,
         listings.formats,
         backends.backends,
+        models.models,
         plugins.plugins,
         doctor.doctor,
     ]
