@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ar_tuner.attention import SHORT, cheap_backward
 from ar_tuner.distill.divergence import divergence
 from ar_tuner.distill.frozen import FrozenLatent
 from ar_tuner.distill.integers import DATA_TYPE, IntegerLatent
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 REPORTS = 10
 _PROBE = 64
-"""Tokens of the two short passes (so many, and twice as many) that tell what a long row keeps."""
+"""Tokens of the two short passes (so many, and twice as many) that tell what one keeps."""
 WARM = 5
 """Steps over which the step size grows to its full value."""
 
@@ -164,7 +163,7 @@ def _step(
     for some in _parts(task.rows, task.others, batch, part):
         with torch.no_grad():
             reference = task.logits({}, some, False)  # noqa: FBT003
-        with cheap_backward(_ids(some).shape[-1], task.rows.device), torch.enable_grad():
+        with torch.enable_grad():
             replaced = {**_parameters(task, latents, leaves), **moved}
             loss = divergence(task.logits(replaced, some, True), reference)  # noqa: FBT003
             (loss * _tokens(some)).backward()  # of the sum: Adam's steps know no scale
@@ -228,9 +227,7 @@ def _part(task: ModelTask, latents: list[Moving]) -> int:
     tokens = task.rows.shape[1]
     made: dict[str, Parameter] = {x.target.layer: x.leaf(x.target.original) for x in latents}
     leaves = _parameters(task, latents, made)
-    # what short rows keep grows faster than they do: those are tried whole
-    most = tokens if tokens <= SHORT else 2 * _PROBE
-    long, short = (_kept(task, leaves, n) for n in (most, max(1, most // 2)))
+    long, short = (_kept(task, leaves, n) for n in (min(tokens, 2 * _PROBE), min(tokens, _PROBE)))
     per_token = (long.bytes - short.bytes) / max(1, long.tokens - short.tokens)
     per_row = max(1, int(per_token * tokens)) if long.tokens > short.tokens else long.bytes
     settings = task.settings
@@ -254,9 +251,7 @@ def _kept(task: ModelTask, leaves: Mapping[str, Parameter], tokens: int) -> _Kep
         seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    watched = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
-    device = task.rows.device
-    with cheap_backward(task.rows.shape[1], device), torch.enable_grad(), watched:
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         logits = task.logits(leaves, task.rows[:1, :tokens], True)  # noqa: FBT003
     return _Kept(tokens, sum(seen.values()), logits.shape[-1])
 
