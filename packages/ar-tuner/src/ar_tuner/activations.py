@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ar_kernels.numerics.activation import fake_quant_activation, static_scale
+from ar_kernels.numerics.activation import static_scale
+from ar_kernels.numerics.halves import fake_quant_alike
 from ar_tuner.watching import watching
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def quantized_activations(
         layer = refs[0].layer
         spec, static = specs[layer], ranges.get(layer)
         if last is None or not last.serves(x, spec, static):
-            made = fake_quant_activation(x, spec, static=static).to(x.dtype)
+            made = fake_quant_alike(x, spec, static=static)
             last = _Quantized(x, _version(x), spec, static, torch.is_grad_enabled(), made)
         return last.made
 

@@ -88,10 +88,14 @@ class Microscaling(FloatType):
         shared: Mapping[str, Tensor] | None = None,  # noqa: ARG002
     ) -> Params:
         """Return the shared power of two of each block."""
-        element, largest = self.element(spec), peak(weight, spec, low, high)
-        if self.name == "mx_fp_rceil":
-            return Params(_PowerOfTwo.apply(largest, element.maximum, "ceil"))
-        return Params(_PowerOfTwo.apply(largest, element.top_exponent, "floor"))
+        return Params(self.power(peak(weight, spec, low, high), spec))
+
+    def power(self, largest: Tensor, spec: TensorSpec) -> Tensor:
+        """Return the shared power of two of blocks with these largest magnitudes, float32."""
+        element, up = self.element(spec), self.name == "mx_fp_rceil"
+        shift = element.maximum if up else element.top_exponent
+        made: Tensor = _PowerOfTwo.apply(largest, shift, "ceil" if up else "floor")
+        return made
 
     def rescale(self, params: Params, spec: TensorSpec, factor: Tensor) -> Params:  # noqa: ARG002
         """Return parameters with every scale times `factor`, to the nearest power of two."""
