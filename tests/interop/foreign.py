@@ -147,25 +147,23 @@ def _outcome(
     made, logits = folder / "made", folder / "logits.pt"
     try:
         if not made.is_dir():
-            _make(case, maker, given.model, made)
+            folder.mkdir(parents=True, exist_ok=True)
+            _make(case, maker, given.model, made, logits)
         root = next(made.rglob("config.json")).parent
         if not logits.is_file():
-            if runner[0] == "compressed-tensors":
-                _run(runner[1], "compressed_env.py", "logits", root, logits)
-            else:
-                _run(runner[1], "foreign_env.py", f"logits-{runner[0]}", root, logits)
+            _run(runner[1], "foreign_env.py", f"logits-{runner[0]}", root, logits)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = getattr(error, "stderr", None) or str(error)
         return {"outcome": f"its own route fails: {said.strip().splitlines()[-1][:120]}"}
     return _compared(root, logits)
 
 
-def _make(case: Foreign, python: str, model: Path, out: Path) -> None:
+def _make(case: Foreign, python: str, model: Path, out: Path, logits: Path) -> None:
     options = json.dumps(case.options)
     if case.by == "auto-round":
         _run(python, "peer.py", model, out, case.scheme, case.form, options)
     elif case.by == "compressed-tensors":
-        _run(python, "compressed_env.py", "make", model, out, options)
+        _run(python, "compressed_env.py", model, out, options, logits)
     else:
         _run(python, "foreign_env.py", "make-gptqmodel", model, out, options)
 
