@@ -2,11 +2,11 @@
 
 python tests/interop/compressed_env.py MODEL OUT OPTIONS LOGITS
 
-OPTIONS is JSON: `groups` are config groups of compressed-tensors, which finds the format of each.
-Ranges of static activations are those of a few tokens. It is the library that llm-compressor writes
-with: scales and bits are its own. Logits are those of its own fake quantization before it packs:
-transformers 5.23 cannot open packed asymmetric files of compressed-tensors 0.20 (shapes of the zero
-points differ).
+OPTIONS is JSON: `groups` are config groups of compressed-tensors, which finds the format of each,
+`dtype` the type of the model. Ranges of static activations are those of a few tokens. It is the
+library that llm-compressor writes with: scales and bits are its own. Logits are those of its own
+fake quantization before it packs: transformers 5.23 cannot open packed asymmetric files of
+compressed-tensors 0.20 (shapes of the zero points differ).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def make(model: str, out: str, options: str, logits: str) -> None:
     )
 
     asked = json.loads(options)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    dtype = asked.get("dtype", "bfloat16")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
     ranges = _ranges(loaded)
     config = QuantizationConfig(
         config_groups=asked["groups"],
@@ -48,7 +49,7 @@ def make(model: str, out: str, options: str, logits: str) -> None:
             module.quantization_status = QuantizationStatus.FROZEN
     with torch.no_grad():
         found = loaded(IDS).logits
-    torch.save({"logits": found.float(), "dtype": "torch.bfloat16"}, logits)
+    torch.save({"logits": found.float(), "dtype": f"torch.{dtype}"}, logits)
     compressor = ModelCompressor.from_pretrained_model(loaded)
     compressor.compress_model(loaded)
     loaded.save_pretrained(out)

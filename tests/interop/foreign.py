@@ -57,6 +57,11 @@ def _named(groups: list[dict[str, Any]]) -> dict[str, Any]:
 _TENSOR8 = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
 _TOKEN8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 _FLOAT8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+_FP8 = {
+    "targets": ["Linear"],
+    "weights": _FLOAT8,
+    "input_activations": _FLOAT8 | {"dynamic": False},
+}
 _GPTQ = {"bits": 4, "group_size": 32}
 CASES = (
     Foreign("GPTQ 4 bit", "gptqmodel", _GPTQ),
@@ -96,17 +101,13 @@ CASES = (
                     _group(8, where="re:.*self_attn.*", input_activations=_TOKEN8),
                 ],
             ),
-            (
-                "float-quantized 8 bit, static",
-                [
-                    {
-                        "targets": ["Linear"],
-                        "weights": _FLOAT8,
-                        "input_activations": _FLOAT8 | {"dynamic": False},
-                    }
-                ],
-            ),
+            ("float-quantized 8 bit, static", [_FP8]),
         )
+    ),
+    Foreign(
+        "float-quantized 8 bit, static, in float32",
+        "compressed-tensors",
+        {"groups": _named([_FP8]), "dtype": "float32"},
     ),
 )
 
