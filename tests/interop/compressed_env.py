@@ -1,11 +1,12 @@
-"""Checkpoints of the compressed-tensors library itself, rounded to nearest, and their logits.
+"""A checkpoint of the compressed-tensors library itself, rounded to nearest, and its logits.
 
-python tests/interop/compressed_env.py make MODEL OUT OPTIONS
-python tests/interop/compressed_env.py logits DIR OUT
+python tests/interop/compressed_env.py MODEL OUT OPTIONS LOGITS
 
-OPTIONS is JSON: `groups` are config groups of compressed-tensors, `format` theirs. Ranges of static
-activations are those of a few tokens. It is what llm-compressor writes with; its scales and bits
-are the library's own.
+OPTIONS is JSON: `groups` are config groups of compressed-tensors, which finds the format of each,
+`dtype` the type of the model. Ranges of static activations are those of a few tokens. It is the
+library that llm-compressor writes with: scales and bits are its own. Logits are those of its own
+fake quantization before it packs: transformers 5.23 cannot open packed asymmetric files of
+compressed-tensors 0.20 (shapes of the zero points differ).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from transformers import AutoModelForCausalLM
 IDS = torch.arange(48).reshape(2, 24)
 
 
-def make(model: str, out: str, options: str) -> None:
-    """Quantize with compressed-tensors and write."""
+def make(model: str, out: str, options: str, logits: str) -> None:
+    """Quantize with compressed-tensors, write logits and checkpoint."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationConfig,
@@ -30,11 +31,11 @@ def make(model: str, out: str, options: str) -> None:
     )
 
     asked = json.loads(options)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    dtype = asked.get("dtype", "bfloat16")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
     ranges = _ranges(loaded)
     config = QuantizationConfig(
         config_groups=asked["groups"],
-        format=asked.get("format"),
         ignore=["lm_head"],
         quantization_status=QuantizationStatus.INITIALIZED,
     )
@@ -46,6 +47,9 @@ def make(model: str, out: str, options: str) -> None:
     for module in loaded.modules():
         if hasattr(module, "quantization_scheme"):
             module.quantization_status = QuantizationStatus.FROZEN
+    with torch.no_grad():
+        found = loaded(IDS).logits
+    torch.save({"logits": found.float(), "dtype": f"torch.{dtype}"}, logits)
     compressor = ModelCompressor.from_pretrained_model(loaded)
     compressor.compress_model(loaded)
     loaded.save_pretrained(out)
@@ -95,13 +99,5 @@ def _set(module: Any, kind: str, found: tuple[torch.Tensor, torch.Tensor]) -> No
             held.data.copy_(value.reshape(held.shape))
 
 
-def logits(path: str, out: str) -> None:
-    """Write the logits of transformers with compressed-tensors, on decompressed weights."""
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
-    with torch.no_grad():
-        found = model(IDS).logits
-    torch.save({"logits": found.float(), "dtype": str(next(model.parameters()).dtype)}, out)
-
-
 if __name__ == "__main__":
-    {"make": make, "logits": logits}[sys.argv[1]](*sys.argv[2:])
+    make(*sys.argv[1:])

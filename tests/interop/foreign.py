@@ -57,6 +57,11 @@ def _named(groups: list[dict[str, Any]]) -> dict[str, Any]:
 _TENSOR8 = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
 _TOKEN8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 _FLOAT8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+_FP8 = {
+    "targets": ["Linear"],
+    "weights": _FLOAT8,
+    "input_activations": _FLOAT8 | {"dynamic": False},
+}
 _GPTQ = {"bits": 4, "group_size": 32}
 CASES = (
     Foreign("GPTQ 4 bit", "gptqmodel", _GPTQ),
@@ -96,17 +101,13 @@ CASES = (
                     _group(8, where="re:.*self_attn.*", input_activations=_TOKEN8),
                 ],
             ),
-            (
-                "float-quantized 8 bit, static",
-                [
-                    {
-                        "targets": ["Linear"],
-                        "weights": _FLOAT8,
-                        "input_activations": _FLOAT8 | {"dynamic": False},
-                    }
-                ],
-            ),
+            ("float-quantized 8 bit, static", [_FP8]),
         )
+    ),
+    Foreign(
+        "float-quantized 8 bit, static, in float32",
+        "compressed-tensors",
+        {"groups": _named([_FP8]), "dtype": "float32"},
     ),
 )
 
@@ -147,25 +148,23 @@ def _outcome(
     made, logits = folder / "made", folder / "logits.pt"
     try:
         if not made.is_dir():
-            _make(case, maker, given.model, made)
+            folder.mkdir(parents=True, exist_ok=True)
+            _make(case, maker, given.model, made, logits)
         root = next(made.rglob("config.json")).parent
         if not logits.is_file():
-            if runner[0] == "compressed-tensors":
-                _run(runner[1], "compressed_env.py", "logits", root, logits)
-            else:
-                _run(runner[1], "foreign_env.py", f"logits-{runner[0]}", root, logits)
+            _run(runner[1], "foreign_env.py", f"logits-{runner[0]}", root, logits)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = getattr(error, "stderr", None) or str(error)
         return {"outcome": f"its own route fails: {said.strip().splitlines()[-1][:120]}"}
     return _compared(root, logits)
 
 
-def _make(case: Foreign, python: str, model: Path, out: Path) -> None:
+def _make(case: Foreign, python: str, model: Path, out: Path, logits: Path) -> None:
     options = json.dumps(case.options)
     if case.by == "auto-round":
         _run(python, "peer.py", model, out, case.scheme, case.form, options)
     elif case.by == "compressed-tensors":
-        _run(python, "compressed_env.py", "make", model, out, options)
+        _run(python, "compressed_env.py", model, out, options, logits)
     else:
         _run(python, "foreign_env.py", "make-gptqmodel", model, out, options)
 

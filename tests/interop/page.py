@@ -59,7 +59,9 @@ Written by `tests/interop/foreign.py`: made and run by the project named, then r
 over the logits of 48 tokens, quantized activations included. NVFP4 differs: on normal random
 input its formula equals our quantized activations to the bit, and so do the weights of 8 layers;
 rounding the activations' tensor scales to bfloat16 moves the logits as far (8e-2), so any last
-place may do it. Which one does was not found.
+place may do it. Which one does was not found. Static FP8 activations differ in
+bfloat16; with a model in float32 our logits equal those of compressed-tensors to the bit, so it is
+the type that they are quantized in (ours: float32). auto-round's were not tried in float32.
 
 | checkpoint | made by | quantized layers | type | outcome |
 |---|---|---|---|---|

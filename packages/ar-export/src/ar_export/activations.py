@@ -55,7 +55,7 @@ def check_activations(found: Readable, model: nn.Module) -> tuple[int, list[Find
 
 def _expected(x: Tensor, weight: QuantizedWeight, spec: TensorSpec, bias: Tensor | None) -> Tensor:
     """Return what a layer should give for x, float32."""
-    ranges = {key: value.to(x.device) for key, value in ranges_of(weight.extra).items()}
+    ranges = {key: value.to(x.device) for key, value in ranges_of(weight.extra, spec).items()}
     given = fake_quant_activation(
         x, spec, static=ranges.get("static"), zero=ranges.get("static_zero")
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ar_kernels.layouts.base import TensorFact
+    from ar_schemes import TensorSpec
 
 RANGES = {
     "input_scale": "static",
@@ -59,6 +60,14 @@ def as_stored(tensor: Tensor, fact: TensorFact) -> Tensor:
     return tensor.reshape(fact.shape)
 
 
-def ranges_of(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the ranges of static activations, float32 [1], under the names of the op."""
-    return {key: extra[name].float().reshape(1) for name, key in RANGES.items() if name in extra}
+def ranges_of(extra: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
+    """Return the ranges of static activations, float32 [1], under the names of the op.
+
+    Files hold zero points of signed codes, the op counts from the least code; those of symmetric
+    activations, which some writers store, mean nothing.
+    """
+    out = {key: extra[name].float().reshape(1) for name, key in RANGES.items() if name in extra}
+    zero = out.pop("static_zero", None)
+    if zero is not None and not spec.symmetric:
+        out["static_zero"] = zero + 2 ** (spec.bits - 1)
+    return out

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ar_kernels import registry
 from ar_kernels.hf.config import LayerFormat
+from ar_kernels.layer_tensors import RANGES
 from ar_kernels.layouts.base import optional_of
 from ar_kernels.layouts.ragged import even_tiles, is_ragged
 from ar_kernels.numerics.activation import refuses_activation
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ar_kernels.layouts.base import TensorFact
 
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")
+_ZERO = "input_zero_point"
 _FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -140,7 +142,8 @@ def _hurdle(found: LayerFormat, shape: tuple[int, int], layer: StoredLayer | Non
             return f"{suffix} of {weight} must have shape {list(fact.shape)}, the files hold {held}"
     if act is not None and not act.dynamic:
         ranges = [suffix for suffix in optional_of(layout) if suffix in layer.facts]
-        if not ranges:
+        shifted = act.data_type == "int" and not act.symmetric
+        if not RANGES.keys() & ranges or (shifted and _ZERO not in ranges):
             return f"its activations ({act}) are static, but the files hold no range for them"
     return None
 

@@ -32,14 +32,23 @@ if TYPE_CHECKING:
     from ar_schemes import TensorSpec
 
 
-_STEP = {"input_scale": TensorFact((1,), torch.float32)}
-"""Tensors of static activations, there or not."""
+_STATIC = {
+    "input_scale": TensorFact((1,), torch.float32),
+    "input_zero_point": TensorFact((1,), torch.int8),
+}
+"""Tensors of static activations, there or not; the zero point is that of signed codes."""
 _INDEX = "weight_g_idx"
 """Group of each channel (`actorder: group`), there or not."""
 
 
 def _ranges(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: tensors[k].float().reshape(1) for k in _STEP if k in tensors}
+    """Return the ranges of static activations as a weight carries them, float32 [1]."""
+    return {k: tensors[k].float().reshape(1) for k in _STATIC if k in tensors}
+
+
+def _stored(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the ranges that a weight carries as files hold them."""
+    return {k: v.to(_STATIC[k].dtype) for k, v in _ranges(extra).items()}
 
 
 def _words(count: int, bits: int) -> int:
@@ -60,7 +69,7 @@ class CompressedPack:
     """Layout `ct_pack`: format pack-quantized."""
 
     name = "ct_pack"
-    optional = {**_STEP, _INDEX: TensorFact((-1,), torch.int32)}
+    optional = {**_STATIC, _INDEX: TensorFact((-1,), torch.int32)}
 
     def refuses(self, spec: TensorSpec, rows: int, columns: int) -> str | None:
         """Return why a weight cannot be packed so, or None."""
@@ -97,7 +106,7 @@ class CompressedPack:
             out["weight_zero_point"] = zeros.t().contiguous()
         if CHANNEL_ORDER in weight.extra:
             out[_INDEX] = index_of(weight)
-        return out | _ranges(weight.extra)
+        return out | _stored(weight.extra)
 
     def unpack(
         self, tensors: Mapping[str, Tensor], spec: TensorSpec, rows: int, columns: int
@@ -132,7 +141,7 @@ class CompressedInt:
     """Layout `ct_int`: format int-quantized."""
 
     name = "ct_int"
-    optional = _STEP
+    optional = _STATIC
 
     def refuses(self, spec: TensorSpec, rows: int, columns: int) -> str | None:
         """Return why a weight cannot be packed so, or None."""
@@ -164,7 +173,7 @@ class CompressedInt:
         }
         if weight.zero_point is not None:
             out["weight_zero_point"] = (weight.zero_point.short() - middle).to(torch.int8)
-        return out | _ranges(weight.extra)
+        return out | _stored(weight.extra)
 
     def unpack(
         self, tensors: Mapping[str, Tensor], spec: TensorSpec, rows: int, columns: int
