@@ -12,7 +12,9 @@ from ar_tuner.adapters import GenericAdapter
 from ar_tuner.blocks import find_blocks
 from ar_tuner.errors import TunerError
 from ar_tuner.imagery import Asked
-from ar_tuner.walk import execute, suspended
+from ar_tuner.others import samples_of
+from ar_tuner.rows import RowBank
+from ar_tuner.walk import execute, hidden, suspended
 from ar_vlm import Inputs, VlmError, read_samples
 from ar_vlm.adapter import VisionLanguageAdapter
 from ar_vlm.calibration import Data, ImageCalibration, shows
@@ -282,3 +284,34 @@ def test_images_for_a_model_without_eyes_are_refused(samples_file: Path) -> None
 def test_blocks_outside_the_decoder_are_left_alone_by_default(tiny: Callable[[str], Path]) -> None:
     model = transformers.AutoModelForImageTextToText.from_pretrained(tiny("llava"))
     assert find_blocks(model, VisionLanguageAdapter()) == find_blocks(model, GenericAdapter())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_drawn_in_any_order_keep_their_images(
+    family: str, tiny: Callable[[str], Path], samples: list[Sample]
+) -> None:
+    """What a block gives for rows of joined samples is what it gave for them before."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tiny(family)).eval()
+    batches = list(Inputs.from_pretrained(tiny(family)).batches(samples[:8], size=4))
+    adapter = VisionLanguageAdapter(family, asked=Asked(nontext=True))
+    blocks = [b.module for b in find_blocks(model, adapter).blocks]
+    counts = [samples_of(batch) for batch in batches]
+    draw = torch.Generator().manual_seed(0)
+    with suspended(model, blocks, batches) as frames:
+        while (call := frames[0].call) is not None:
+            block = blocks[call.index]
+            outputs = [execute(block, frame.call) for frame in frames]
+            states = [hidden(output) for output in outputs]
+            sizes = [n if len(s) == n else 1 for s, n in zip(states, counts, strict=True)]
+            reference = [
+                r for s, n in zip(states, counts, strict=True) for r in (s if len(s) == n else [s])
+            ]
+            bank = RowBank.of([frame.call for frame in frames], sizes)
+            for rows in bank._deal(4, draw, frozenset()):
+                args, kwargs = bank.take(rows)
+                with torch.no_grad():
+                    given = hidden(block(*args, **kwargs))
+                wanted = torch.stack([reference[r] for r in rows]).reshape(given.shape)
+                torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+            for frame, output in zip(frames, outputs, strict=True):
+                frame.resume(output)
