@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 from collections import Counter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from ar_kernels.hf.experts import (
     take_apart,
 )
 from ar_kernels.hf.load import layer_openings
+from ar_kernels.hf.sharing import leave_out_shared, put_shared
 from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
 from ar_kernels.hf.understand import understand
 from ar_kernels.linear import QuantLinear
@@ -130,6 +132,7 @@ class ArQuantizer(HfQuantizer):
 
     requires_calibration = True  # float models are not quantized while they are loaded
     _unfused: Collection[tuple[str, ...]] = ()
+    _shared: Mapping[str, str] = MappingProxyType({})
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Read the config; anything we do not know is refused before a file is opened."""
@@ -167,6 +170,7 @@ class ArQuantizer(HfQuantizer):
             bias = getattr(module, "bias", None) is not None
             layer = _layer(openings[name], shapes[name], module.weight.dtype, bias=bias)
             model.set_submodule(name, layer)
+        self._shared = leave_out_shared(model)
         for name, found in experts.items():
             module = model.get_submodule(name)
             dtype = next(iter(module.parameters())).dtype
@@ -181,6 +185,7 @@ class ArQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Choose a backend for every layer and pack its weight."""
+        put_shared(model, self._shared)
         wanted = getattr(self.quantization_config, "backend", None)
         prefer = None if wanted in _NO_CHOICE else wanted
         used: Counter[str] = Counter()
