@@ -178,3 +178,22 @@ def test_the_weight_of_an_empty_layer_is_asked_for_nothing() -> None:
     )
     assert made.weight.device.type == "meta"
     assert (made.weight * 2).shape == (64, 96)
+
+
+def test_a_shared_layer_is_left_out_while_loading_and_then_put_everywhere() -> None:
+    pytest.importorskip("transformers")
+    from ar_kernels.hf.sharing import leave_out_shared, put_shared
+
+    model = torch.nn.ModuleDict({"here": layer(weight()), "there": torch.nn.Linear(96, 64)})
+    model.all_tied_weights_keys = {
+        "there.weight": "here.weight",
+        "there.bias": "here.bias",
+        "head.weight": "embed.weight",
+    }
+    model.embed = torch.nn.Embedding(4, 4)
+    places = leave_out_shared(model)
+    assert places == {"there": "here"}
+    assert model.all_tied_weights_keys == {"head.weight": "embed.weight"}
+    assert not any(name.startswith("there") for name in model.state_dict())
+    put_shared(model, places)
+    assert model["there"] is model["here"]

@@ -8,7 +8,7 @@ from ar_tuner import TunerError
 from ar_tuner.adapters import GenericAdapter
 from ar_tuner.blocks import find_blocks
 from ar_tuner.rows import RowBank, rows_of
-from ar_tuner.walk import Call, execute, hidden, suspended, trace_calls
+from ar_tuner.walk import Call, execute, hidden, suspended, trace_calls, without_cache
 
 ADAPTER = GenericAdapter()
 KINDS = ("llama", "qwen3", "gemma2", "gpt2")
@@ -179,3 +179,14 @@ def test_a_row_beyond_the_end_is_an_error() -> None:
 def test_outputs_split_into_rows() -> None:
     found = rows_of([torch.ones(2, 3), torch.zeros(1, 3)])
     assert [r.sum().item() for r in found] == [3.0, 3.0, 0.0]
+
+
+def test_caches_are_left_out_whatever_they_are_called() -> None:
+    cache = pytest.importorskip("transformers").DynamicCache()
+    given = {"cache": cache, "past_key_values": cache, "use_cache": True, "x": 1}
+    assert without_cache(given) == {
+        "cache": None,
+        "past_key_values": None,
+        "use_cache": False,
+        "x": 1,
+    }

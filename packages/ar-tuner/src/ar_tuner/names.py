@@ -88,8 +88,12 @@ def kept_in_parts(layers: Iterable[LayerInfo], pieces: Mapping[str, Piece]) -> l
     for layer in layers:
         piece = pieces.get(f"{layer.name}.weight")
         parts = 1 if piece is None or piece.convert is None else len(piece.sources)
-        if parts > 1 and layer.keep is None:
+        why = None
+        if parts > 1:
             why = f"joined of {parts} tensors of the checkpoint, which have no layers of their own"
+        elif piece is None and layer.role == "linear" and layer.block is not None:
+            why = "its weight is another layer's: quantized there"
+        if why is not None and layer.keep is None:
             layer = dataclasses.replace(layer, keep=why)  # noqa: PLW2901
         out.append(layer)
     return out

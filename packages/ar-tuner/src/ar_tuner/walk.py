@@ -224,4 +224,9 @@ def hidden(output: object) -> torch.Tensor:
 def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments without a key-value cache, which would remember earlier passes."""
     cached = {"past_key_values": None, "past_key_value": None, "use_cache": False}
-    return {k: cached.get(k, v) for k, v in kwargs.items()}
+    return {k: None if _is_cache(v) else cached.get(k, v) for k, v in kwargs.items()}
+
+
+def _is_cache(value: object) -> bool:
+    """Tell whether a value is one of Transformers' caches (some models name it otherwise)."""
+    return any(c.__name__ in ("Cache", "EncoderDecoderCache") for c in type(value).__mro__)

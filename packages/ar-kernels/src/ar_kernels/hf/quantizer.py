@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 from collections import Counter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ from ar_kernels.hf.experts import (
 from ar_kernels.hf.load import layer_openings
 from ar_kernels.hf.memory import Returning
 from ar_kernels.hf.stacked import Stack, await_tensors, find_stacks, unstack
+from ar_kernels.hf.sharing import leave_out_shared, put_shared
 from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
 from ar_kernels.hf.understand import understand
 from ar_kernels.linear import QuantLinear
@@ -143,6 +145,7 @@ class ArQuantizer(HfQuantizer):
     _unfused: Collection[tuple[str, ...]] = ()
     _files: Sequence[str] = ()
     _stacks: Collection[tuple[Stack, Callable[[str], nn.Module]]] = ()
+    _shared: Mapping[str, str] = MappingProxyType({})
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Read the config; anything we do not know is refused before a file is opened."""
@@ -183,6 +186,7 @@ class ArQuantizer(HfQuantizer):
             bias = getattr(module, "bias", None) is not None
             layer = _layer(openings[name], shapes[name], module.weight.dtype, bias=bias)
             model.set_submodule(name, layer)
+        self._shared = leave_out_shared(model)
         for name, found in apart.items():
             module = model.get_submodule(name)
             dtype = next(iter(module.parameters())).dtype
@@ -201,6 +205,7 @@ class ArQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Choose a backend for every layer and pack its weight."""
+        put_shared(model, self._shared)
         wanted = getattr(self.quantization_config, "backend", None)
         prefer = None if wanted in _NO_CHOICE else wanted
         used: Counter[str] = Counter()
