@@ -34,8 +34,8 @@ from ar_kernels.hf.experts import (
 )
 from ar_kernels.hf.load import layer_openings
 from ar_kernels.hf.memory import Returning
-from ar_kernels.hf.stacked import Stack, await_tensors, find_stacks, unstack
 from ar_kernels.hf.sharing import leave_out_shared, put_shared
+from ar_kernels.hf.stacked import Stack, await_tensors, find_stacks, unstack
 from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
 from ar_kernels.hf.understand import understand
 from ar_kernels.linear import QuantLinear
