@@ -198,9 +198,9 @@ class QuantLinear(nn.Module):
             choice = choose(need, prefer)
             backend = choice.backend
             quantizes = self.activation is not None and choice.need.activation is None
-            ranges = (
-                ranges_of(weight.extra, self.activation) if self.activation and quantizes else {}
-            )
+            ranges = {}
+            if quantizes and self.activation is not None:
+                ranges = ranges_of(weight.extra, self.activation)
             static = self.activation is not None and not self.activation.dynamic
             if quantizes and static and _STATIC not in ranges:
                 msg = f"activations {self.activation} are static, but the weight holds no range"

@@ -285,23 +285,13 @@ class _Packed(nn.Module):
         layers = [self.get_submodule(f"{number}.{leaf}") for number in range(self._count())]
         first = layers[0]
         ready = [layer.ready() if isinstance(layer, QuantLinear) else None for layer in layers]
-        alike = [one[1:] if one is not None else None for one in ready]
-        if (
-            isinstance(first, QuantLinear)
-            and alike[0] is not None
-            and alike.count(alike[0]) == len(alike)
-        ):
-            buffers = [tensor for one in ready if one is not None for tensor in one[0]]
-            out = expert_linear(given.to(first.dtype), expert, buffers, *alike[0], first.rows)
-            return out.to(given.dtype)
-        # experts stored in different ways, or with inputs of their own: one after the other
-        rows = int(getattr(first, "out_features", 0))
-        made = given.new_zeros(given.shape[0], rows)
-        for number in expert.unique().tolist():
-            if number < len(layers):
-                mine = expert == number
-                made[mine] = layers[number](given[mine]).to(made.dtype)
-        return made
+        here = [one for one in ready if one is not None]
+        alike = len(here) == len(layers) and all(one[1:] == here[0][1:] for one in here)
+        if not alike or not isinstance(first, QuantLinear):
+            return _one_by_one(layers, given, expert)
+        buffers = [tensor for one in here for tensor in one[0]]
+        out = expert_linear(given.to(first.dtype), expert, buffers, *here[0][1:], first.rows)
+        return out.to(given.dtype)
 
     def _inner(self, parts: list[Tensor], expert: Tensor, count: int) -> Tensor:
         """Return what the down projections are given, for the products of the other parts."""
@@ -318,6 +308,16 @@ class _Packed(nn.Module):
     def _bias(self, parameter: str, expert: Tensor, count: int) -> Tensor | float:
         held = self._parameters.get(f"{parameter}_bias")
         return 0.0 if held is None else held[expert.clamp(max=count - 1)]
+
+
+def _one_by_one(layers: list[nn.Module], given: Tensor, expert: Tensor) -> Tensor:
+    """Return the products with experts stored in different ways, or with inputs of their own."""
+    made = given.new_zeros(given.shape[0], int(getattr(layers[0], "out_features", 0)))
+    for number in expert.unique().tolist():
+        if number < len(layers):
+            mine = expert == number
+            made[mine] = layers[number](given[mine]).to(made.dtype)
+    return made
 
 
 class PackedExperts(_Packed):
