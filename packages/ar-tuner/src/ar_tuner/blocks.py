@@ -96,8 +96,9 @@ def _with_experts(model: nn.Module, blocks: list[Block], wiring: Wiring | None) 
 def layers_of(model: nn.Module, discovery: Discovery, adapter: ModelAdapter) -> Iterator[LayerInfo]:
     """Yield what a plan needs of every linear layer, every embedding and every fused expert."""
     owner = {b.name: b for b in discovery.blocks}
-    head = _output_head(model)
-    embedding = _input_embedding(model)
+    entry = adapter.entry(model)
+    head = _output_head(entry)
+    embedding = _input_embedding(entry)
     for name, module in model.named_modules():
         block = next((b for b in owner if name.startswith(f"{b}.")), None)
         if isinstance(module, nn.Embedding) and module is embedding:
