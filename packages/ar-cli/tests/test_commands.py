@@ -374,7 +374,7 @@ def test_models_lists_families_with_what_was_verified() -> None:
     assert "model.layers" in done.output
     facts = json.loads(ar("models", "--json").stdout)
     rows = {row["type"]: row for row in facts["families"]}
-    assert len(rows) > 200
+    assert len(rows) > 250
     assert rows["llama"]["formats"] == ["auto_round"]
     assert all(row["reason"] for row in rows.values() if not row["passes"])
 

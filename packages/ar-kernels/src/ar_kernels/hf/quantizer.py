@@ -196,6 +196,9 @@ class ArQuantizer(HfQuantizer):
                 self._stacks = (*self._stacks, (stacks[name], make))
             else:
                 take_apart(module, found, make, name)
+            # some classes start the experts' parameters, which are gone, from the module around
+            around = model.get_submodule(name.rpartition(".")[0])
+            around._is_hf_initialized = True  # noqa: SLF001 - Transformers' own mark
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
