@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ar_kernels import KernelError, QuantLinear, data_type, layout
+from ar_kernels.native import arena
 from ar_schemes import scheme_from_dict
 
 transformers = pytest.importorskip("transformers")
@@ -270,5 +271,6 @@ def test_loading_takes_the_packed_size_and_a_layer(tmp_path) -> None:
     assert "dense" not in kinds
     layer = 512 * 2048 * 4  # a float32 or int32 per weight of the largest layer
     assert int(held) < 1.1 * packed
-    # measured 50 to 57 MB for 33 packed; the file's pages that are done with are given back
-    assert int(grown) < packed + 8 * layer
+    # measured 50 to 57 MB for 33 packed, 69 with weights that settle in large pages (a chunk is in
+    # memory twice); the file's pages that are done with are given back
+    assert int(grown) < packed + 8 * layer + arena.CHUNK

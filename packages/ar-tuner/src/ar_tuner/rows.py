@@ -230,7 +230,7 @@ def _group(
         same = all(_same(leaves[i][path], first) for i in numbers[1:])
         if axis is not None and (not same or most > 1 or len(numbers) == 1):
             axes[path] = axis
-        elif not same or (len(numbers) == 1 and _may_be_rows(first, most)):
+        elif not same or _may_be_rows(first, sizes[numbers[0]]):
             joinable = False
     return _Group(tuple(numbers), axes, joinable and bool(axes))
 
@@ -238,7 +238,7 @@ def _group(
 def _may_be_rows(leaf: Tensor, rows: int) -> bool:
     """Tell whether a tensor may hold several entries per row, one row after the other.
 
-    Image features do: [rows x tiles, patches, H]. Of several calls they would differ.
+    Image features do, [rows x tiles, patches, H], and biases of heads, [rows x heads, 1, T].
     """
     return leaf.ndim > 2 and leaf.shape[0] > rows > 1 and leaf.shape[0] % rows == 0  # noqa: PLR2004
 

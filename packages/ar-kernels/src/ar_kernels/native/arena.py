@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 PAGE = 2 << 20
 """Bytes of a large page."""
-CHUNK = 64 << 20
-"""Bytes of weights that share an allocation."""
+CHUNK = 8 << 20
+"""Bytes of weights that share an allocation; so many are in memory twice while they settle."""
 _ALIGN = 64
 _HUGEPAGE = 14
 """MADV_HUGEPAGE of Linux."""
