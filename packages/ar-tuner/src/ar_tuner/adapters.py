@@ -25,6 +25,7 @@ _KEEP = (
     ),
     (re.compile(r"(^|\.)(eh_proj|altup\w*|laurel\w*|per_layer\w*)(\.|$)"), "small mixing layer"),
 )
+_SMALL = 8
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|gate_network)(\.|$)")
 
 
@@ -82,8 +83,7 @@ class GenericAdapter:
         weight = module.weight
         if isinstance(weight, torch.Tensor) and weight.ndim == 2 and min(weight.shape) == 1:
             return "single output: a gate"
-        own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-        if own and not self.is_router(name, module):
+        if _computes_otherwise(module) and not self.is_router(name, module):
             # readers put layers of their own in its place, which only multiply
             return f"multiplies in a way of its own ({type(module).__name__})"
         return None
@@ -96,3 +96,24 @@ class GenericAdapter:
             and isinstance(weight, torch.Tensor)
             and (weight.shape[0] <= weight.shape[-1] // 4 or weight.shape[0] < 32)
         )
+
+
+def _computes_otherwise(module: nn.Module) -> bool:
+    """Tell whether a linear layer with a forward of its own gives anything but x W^T + b.
+
+    It is tried on a small weight, so that layers without weights can be asked, too.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, _SMALL, generator=generator) * 100  # beyond what any clipping lets by
+    given = {"weight": torch.randn(_SMALL, _SMALL, generator=generator)}
+    if module.bias is not None:
+        given["bias"] = torch.randn(_SMALL, generator=generator)
+    try:
+        made = torch.func.functional_call(module, given, (x,))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return True
+    plain = nn.functional.linear(x, given["weight"], given.get("bias"))
+    alike = isinstance(made, torch.Tensor) and made.shape == plain.shape
+    return not alike or not torch.allclose(made, plain, rtol=1e-4)

@@ -341,7 +341,7 @@ class AutoRound:
         if self.source is None:
             return layers
         found = self.blueprint()
-        layers = kept_in_parts(layers, found.wiring.covered)
+        layers = kept_in_parts(layers, found.wiring.covered, found.model)
         return layers + strangers(found.source, found.wiring.unknown, layers)
 
     def _placement(self, discovery: Discovery) -> Placement:
