@@ -120,7 +120,7 @@ def test_a_linear_layer_by_class_only_stays_as_it_is(tmp_path) -> None:
     source = saved("deepseek_v4", tmp_path / "source")
     rows = [r for r in AutoRound(source, **RTN).plan().rows if "o_a_proj" in r.layer.name]
     assert rows
-    assert {r.reason for r in rows} == {"its forward is not that of a linear layer"}
+    assert all("multiplies in a way of its own" in r.reason for r in rows)
     falcon = AutoRound(saved("falcon", tmp_path / "falcon"), **RTN).plan()
     assert sum(r.quantized for r in falcon.rows) >= 4 * 2  # its linear layers have a forward, too
 

@@ -100,3 +100,31 @@ def test_the_entry_of_a_shell_without_forward_is_its_text_model() -> None:
     shell = Shell()
     assert ADAPTER.entry(shell) is shell.text
     assert ADAPTER.entry(shell.text) is shell.text
+
+
+class Plain(nn.Linear):
+    def forward(self, x):
+        out = x @ self.weight.T
+        return out if self.bias is None else out + self.bias
+
+
+class Clipped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.clamp(-1, 1))
+
+
+class Grouped(nn.Linear):
+    def forward(self, x):
+        return torch.einsum("tgi,goi->tgo", x, self.weight.view(4, -1, self.in_features))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [(Plain, False), (nn.Linear, False), (Clipped, True), (Grouped, True)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_that_compute_otherwise_are_kept(kind, kept, bias) -> None:
+    with torch.device("meta"):
+        layer = kind(64, 64, bias=bias)
+    reason = GenericAdapter().keep("model.layers.0.mlp.proj", layer)
+    assert (reason is not None) is kept
+    assert reason is None or kind.__name__ in reason

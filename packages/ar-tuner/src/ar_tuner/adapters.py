@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -26,6 +25,7 @@ _KEEP = (
     ),
     (re.compile(r"(^|\.)(eh_proj|altup\w*|laurel\w*|per_layer\w*)(\.|$)"), "small mixing layer"),
 )
+_SMALL = 8
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|gate_network)(\.|$)")
 
 
@@ -90,9 +90,10 @@ class GenericAdapter:
         weight = module.weight
         if isinstance(weight, torch.Tensor) and weight.ndim == 2 and min(weight.shape) == 1:
             return "single output: a gate"
-        if _multiplies(module) or self.is_router(name, module):
-            return None
-        return "its forward is not that of a linear layer"
+        if _computes_otherwise(module) and not self.is_router(name, module):
+            # readers put layers of their own in its place, which only multiply
+            return f"multiplies in a way of its own ({type(module).__name__})"
+        return None
 
     def is_router(self, name: str, module: nn.Module) -> bool:
         """Tell whether a layer chooses experts: named like one and much narrower than wide."""
@@ -104,20 +105,22 @@ class GenericAdapter:
         )
 
 
-def _multiplies(module: nn.Module) -> bool:
-    """Tell whether a layer does what any linear layer that replaces it would.
+def _computes_otherwise(module: nn.Module) -> bool:
+    """Tell whether a linear layer with a forward of its own gives anything but x W^T + b.
 
-    (Not so a grouped output projection that is a linear layer by class only, DeepSeek-V4's.)
+    It is tried on a small weight, so that layers without weights can be asked, too.
     """
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, _SMALL, generator=generator) * 100  # beyond what any clipping lets by
+    given = {"weight": torch.randn(_SMALL, _SMALL, generator=generator)}
+    if module.bias is not None:
+        given["bias"] = torch.randn(_SMALL, generator=generator)
+    try:
+        made = torch.func.functional_call(module, given, (x,))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return True
-    weight = module.weight
-    count, width = 2, weight.shape[1]
-    rows = torch.arange(1.0, count * width + 1, device=weight.device).view(count, width) / width
-    rows = rows.to(weight.dtype)
-    with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, IndexError):
-        made = module(rows)
-        plain = nn.functional.linear(rows, weight, module.bias)
-        alike = isinstance(made, torch.Tensor) and made.shape == plain.shape
-        return alike and (made.is_meta or torch.allclose(made, plain))
-    return False
+    plain = nn.functional.linear(x, given["weight"], given.get("bias"))
+    alike = isinstance(made, torch.Tensor) and made.shape == plain.shape
+    return not alike or not torch.allclose(made, plain, rtol=1e-4)

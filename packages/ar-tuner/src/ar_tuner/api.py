@@ -319,7 +319,8 @@ class AutoRound:
         wiring = self.wiring(model)
         discovery = find_blocks(model, adapter, paths=self.settings.block_paths, wiring=wiring)
         source = None if self.source is None else self.blueprint().source
-        layers = layers_in_files(list(layers_of(model, discovery, adapter)), wiring, source)
+        found = list(layers_of(model, discovery, adapter))
+        layers = layers_in_files(found, wiring, source, model)
         return adapter, discovery, layers, self._resolved(model, layers, self._rules())
 
     def _rules(self) -> LayerRules:

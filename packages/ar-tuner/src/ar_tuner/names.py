@@ -77,13 +77,17 @@ def _tail(key: str) -> str:
     return ".".join(key.split(".")[-2:])
 
 
-def kept_in_parts(layers: Iterable[LayerInfo], pieces: Mapping[str, Piece]) -> list[LayerInfo]:
-    """Return layers with those kept in high precision that are several tensors in the checkpoint.
+def kept_in_parts(
+    layers: Iterable[LayerInfo], pieces: Mapping[str, Piece], model: object
+) -> list[LayerInfo]:
+    """Return layers with those kept in high precision that are no tensor of the checkpoint's own.
 
     Args:
         layers: layers of the model.
         pieces: what makes the model's tensors of those of the checkpoint, by the former's names.
+        model: the model, which knows the weights that are another layer's.
     """
+    shared = getattr(model, "all_tied_weights_keys", None) or {}
     out = []
     for layer in layers:
         piece = pieces.get(f"{layer.name}.weight")
@@ -91,7 +95,7 @@ def kept_in_parts(layers: Iterable[LayerInfo], pieces: Mapping[str, Piece]) -> l
         why = None
         if parts > 1:
             why = f"joined of {parts} tensors of the checkpoint, which have no layers of their own"
-        elif piece is None and layer.role == "linear" and layer.block is not None:
+        elif piece is None and f"{layer.name}.weight" in shared and layer.block is not None:
             why = "its weight is another layer's: quantized there"
         if why is not None and layer.keep is None:
             layer = dataclasses.replace(layer, keep=why)  # noqa: PLW2901

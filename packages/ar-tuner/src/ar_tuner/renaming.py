@@ -17,13 +17,15 @@ from ar_tuner.names import kept_in_parts, strangers
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import nn
+
     from ar_schemes import LayerInfo, PlanRow
     from ar_tuner.source import Source
     from ar_tuner.wiring import Wiring
 
 
 def layers_in_files(
-    layers: Sequence[LayerInfo], wiring: Wiring, source: Source | None
+    layers: Sequence[LayerInfo], wiring: Wiring, source: Source | None, model: nn.Module
 ) -> list[LayerInfo]:
     """Return the layers of a model and those that its checkpoint holds beside them.
 
@@ -33,8 +35,9 @@ def layers_in_files(
         layers: of the model.
         wiring: how it is made of a checkpoint.
         source: the checkpoint, None where there is none.
+        model: the model.
     """
-    mine = kept_in_parts(layers, wiring.covered)
+    mine = kept_in_parts(layers, wiring.covered, model)
     return mine if source is None else [*mine, *strangers(source, wiring.unknown, layers)]
 
 
