@@ -16,7 +16,7 @@ class Family:
         image: tokens that the model's features replace, by the name in `tokens`.
         processor: options of the processor.
         pictures: options of the image processor.
-        config: where the configuration departs from the general small one.
+        config: where the configuration departs from that of `ar_tuner.testing.tiny_config`.
     """
 
     tokens: dict[str, str]
@@ -52,6 +52,11 @@ IDEFICS = {
     "image_token": "<image>",
     "end_of_utterance_token": "<end_of_utterance>",
     "global_image_tag": "<global-img>",
+}
+UNSPLIT = {
+    "size": {"longest_edge": 56},
+    "max_image_size": {"longest_edge": 56},
+    "do_image_splitting": False,
 }
 CROP = {"size": {"shortest_edge": 56}, "crop_size": SQUARE}
 SELECT = {"patch_size": 14, "vision_feature_select_strategy": "default"}
@@ -141,11 +146,7 @@ FAMILIES: dict[str, Family] = {
         IDEFICS,
         "<image>",
         processor={"image_seq_len": 4},
-        pictures={
-            "size": {"longest_edge": 56},
-            "max_image_size": {"longest_edge": 56},
-            "do_image_splitting": False,
-        },
+        pictures=UNSPLIT,
         config=CLIP,
     ),
     "smolvlm": Family(
@@ -157,11 +158,7 @@ FAMILIES: dict[str, Family] = {
         },
         "<image>",
         processor={"image_seq_len": 4},
-        pictures={
-            "size": {"longest_edge": 56},
-            "max_image_size": {"longest_edge": 56},
-            "do_image_splitting": False,
-        },
+        pictures=UNSPLIT,
         config=CLIP,
     ),
     "llava_onevision": Family(
