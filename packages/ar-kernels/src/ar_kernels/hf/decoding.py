@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ar_kernels.hf.head import round_head
+from ar_kernels.hf.memory import trim
 from ar_kernels.linear import QuantLinear
 from ar_kernels.native import arena, library, steps
 from ar_kernels.native.modules import NativeLinear, NativeNorm, norm_formula
@@ -84,6 +85,8 @@ def _settle(model: nn.Module) -> None:
             for one, settled in zip(part, arena.settled(blobs), strict=True):
                 one.settle(settled)
             part, size = [], 0
+            del blobs
+            trim()
 
 
 def _norms(model: nn.Module) -> int:

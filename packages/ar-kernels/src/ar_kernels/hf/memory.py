@@ -57,8 +57,16 @@ class Returning:
         libc = ctypes.CDLL(None)
         for start, end in _pages(spans, _mapped(self._files)):
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
-        if hasattr(libc, "malloc_trim"):  # glibc
-            libc.malloc_trim(ctypes.c_size_t(0))
+        trim()
+
+
+def trim() -> None:
+    """Give what the C library keeps of freed memory back to the system, where it is glibc."""
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def _pages(spans: list[tuple[int, int]], files: list[tuple[int, int]]) -> list[tuple[int, int]]:
