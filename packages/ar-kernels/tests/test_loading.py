@@ -271,6 +271,6 @@ def test_loading_takes_the_packed_size_and_a_layer(tmp_path) -> None:
     assert "dense" not in kinds
     layer = 512 * 2048 * 4  # a float32 or int32 per weight of the largest layer
     assert int(held) < 1.1 * packed
-    # measured 50 to 57 MB for 33 packed, 69 with weights that settle in large pages (a chunk is in
-    # memory twice); the file's pages that are done with are given back
+    # measured 49 to 57 MB for 33 packed, 58 to 65 with weights that settle in large pages (a chunk
+    # is in memory twice); what is done with is given back, the file's pages too
     assert int(grown) < packed + 8 * layer + arena.CHUNK
