@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ar_kernels.hf.attention import NAME
-from ar_kernels.hf.growing import remember
+from ar_kernels.hf.growing import LayerMemory
 from ar_kernels.linear import QuantLinear
 from ar_kernels.native import library, steps
 from ar_kernels.native.layer import Parts, Step
@@ -141,8 +141,9 @@ class NativeBlock(nn.Module):
         if not step.busy.acquire(blocking=False):
             return None
         try:
-            add = functools.partial(remember, cache, self.self_attn.layer_idx)
-            return step.run(x.contiguous(), (cos.contiguous(), sin.contiguous()), mask, add)
+            shape = rows, parts.kv_heads, 1, parts.width
+            memory = LayerMemory(cache, self.self_attn.layer_idx, shape, x.dtype)
+            return step.run(x.contiguous(), (cos.contiguous(), sin.contiguous()), mask, memory)
         finally:
             step.busy.release()
 

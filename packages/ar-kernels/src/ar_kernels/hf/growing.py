@@ -15,6 +15,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 _LEAST = 64
@@ -40,47 +42,73 @@ class Room:
             for held, mine in ((layer.keys, self.keys), (layer.values, self.values))
         )
 
-    def append(self, layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the layer one token more, and return its keys and values."""
-        at, self.filled = self.filled, self.filled + 1
-        self.keys.narrow(2, at, 1).copy_(key)
-        self.values.narrow(2, at, 1).copy_(value)
-        layer.keys = self.keys.narrow(2, 0, self.filled)
-        layer.values = self.values.narrow(2, 0, self.filled)
-        return layer.keys, layer.values
+    def place(self) -> tuple[Tensor, Tensor]:
+        """Return where the next key and value go: [B, N, 1, W]."""
+        return self.keys.narrow(2, self.filled, 1), self.values.narrow(2, self.filled, 1)
+
+    def first(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the first tokens: [B, N, tokens, W]."""
+        return self.keys.narrow(2, 0, tokens), self.values.narrow(2, 0, tokens)
 
 
-def remember(cache: Any, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Add one token to layer `index` of a cache, and return the keys and values of all.
+class LayerMemory:
+    """Keys and values of one layer of a cache, for one step.
 
-    Caches other than Transformers' plain dynamic one do it their own way.
-
-    Args:
-        cache: of Transformers.
-        index: of the layer.
-        key: [B, N, 1, W].
-        value: as `key`.
+    Caches other than Transformers' plain dynamic one have no place for a token: they take it their
+    own way.
     """
-    layers = getattr(cache, "layers", ())
-    layer = layers[index] if index < len(layers) else None
-    ours = type(cache) is DynamicCache and type(layer) is DynamicLayer
-    if not ours or getattr(cache, "offloading", False) or not _is_filled(layer, key):
-        done: tuple[Tensor, Tensor] = cache.update(key, value, index)
-        return done
-    room: Room | None = getattr(layer, "ar_room", None)
-    if room is None or not room.holds(layer):
-        room = Room(layer.keys, layer.values)  # type: ignore[union-attr]
-        layer.ar_room = room  # type: ignore[union-attr]
-    return room.append(layer, key, value)
+
+    def __init__(self, cache: Any, index: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Look at layer `index`, to which a key and a value [B, N, 1, W] will be added."""
+        self._cache, self._index = cache, index
+        layers = getattr(cache, "layers", ())
+        self._layer: Any = layers[index] if index < len(layers) else None
+        layer: Any = self._layer
+        self._room: Room | None = None
+        ours = type(cache) is DynamicCache and type(layer) is DynamicLayer
+        if not ours or getattr(cache, "offloading", False) or not _is_filled(layer, shape, dtype):
+            return
+        room: Room | None = getattr(layer, "ar_room", None)
+        if room is None or not room.holds(layer):
+            room = Room(layer.keys, layer.values)
+            layer.ar_room = room
+        self._room = room
+        self._with_places: tuple[Tensor, Tensor] = room.first(room.filled + 1)
+
+    def places(self) -> tuple[Tensor, Tensor] | None:
+        """Return where the new key and value go, [B, N, 1, W] each; None: use `update`."""
+        return None if self._room is None else self._room.place()
+
+    def with_places(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, N, T, W] up to and with those places."""
+        return self._with_places
+
+    def keep(self) -> None:
+        """Take what was written there as a token of the past."""
+        if self._room is not None:
+            self._room.filled += 1
+            self._layer.keys, self._layer.values = self._with_places
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a key and a value [B, N, 1, W], and return those of all tokens."""
+        places = self.places()
+        if places is None:
+            done: tuple[Tensor, Tensor] = self._cache.update(key, value, self._index)
+            return done
+        for place, new in zip(places, (key, value), strict=True):
+            place.copy_(new)
+        self.keep()
+        return self._with_places
 
 
-def _is_filled(layer: Any, key: Tensor) -> bool:
+def _is_filled(layer: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:
     """Tell whether a layer holds tokens of the kind of a new one, without gradients."""
-    if not layer.is_initialized or layer.keys.dim() != key.dim():
+    if not layer.is_initialized or layer.keys.dim() != len(shape):
         return False
-    alike = layer.keys.dtype == key.dtype and layer.keys.device == key.device
-    fits = layer.keys.shape[:2] == key.shape[:2] and layer.keys.shape[3] == key.shape[3]
-    return alike and fits and layer.keys.shape[2] > 0 and not layer.keys.requires_grad
+    held = layer.keys
+    alike = held.dtype == dtype and held.is_cpu and not held.requires_grad
+    fits = held.shape[:2] == tuple(shape[:2]) and held.shape[3] == shape[3]
+    return alike and fits and held.shape[2] > 0
 
 
 def _wider(held: Tensor, capacity: int) -> Tensor:

@@ -34,6 +34,7 @@ UNITS: dict[str, tuple[str, ...]] = {
     "pack": (),
     "api": (),
     "api_steps": (),
+    "api_run": (),
 }
 """Sources, longest to compile first, and the instructions each may use."""
 _X86_ONLY = ("kernel_avx512_bf16", "kernel_avx512", "kernel_avx2")

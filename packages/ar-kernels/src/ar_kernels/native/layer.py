@@ -1,27 +1,31 @@
-"""One decoder block for one new token of each sequence, as a row of calls into the library.
+"""One decoder block for one new token of each sequence, as a row of calls in the library.
 
 A block of the usual kind takes some fifty operations of torch, whose fixed cost is more than the
-memory traffic of a small model. Here it is a dozen calls with arguments made beforehand.
+memory traffic of a small model. Here it is one call with arguments made beforehand, and one set of
+threads that goes through all of it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ar_kernels.native import library as lib
 
 if TYPE_CHECKING:
-    import ctypes
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
     from ar_kernels.linear import QuantLinear
     from ar_kernels.native.modules import NativeNorm
+
+    _Call = tuple[int, Any] | tuple[int, Any, Any, int]
+    # its kind and argument; of products the weights, and the products and their number
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,22 @@ class Parts:
         return (*self.attention, *self.perceptron)
 
 
+class Memory(Protocol):
+    """Keys and values of the tokens seen so far, to which a step adds one."""
+
+    def places(self) -> tuple[Tensor, Tensor] | None:
+        """Return where the new key and value go, [B, N, 1, W] each; None: use `update`."""
+
+    def with_places(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, N, T, W] up to and with those places."""
+
+    def keep(self) -> None:
+        """Take what was written there as a token of the past."""
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a key and a value [B, N, 1, W], and return those of all tokens."""
+
+
 class Step:
     """The calls for a number of sequences; made once, for one thread at a time."""
 
@@ -74,24 +94,41 @@ class Step:
         gate, up, down = parts.perceptron
         hidden, inner = q.columns, gate.rows
         make = self._buffer
-        normed, query, mixed, back = make(hidden), make(q.rows), make(o.columns), make(o.rows)
-        middle, gated, values, product = make(hidden), make(inner), make(inner), make(down.rows)
-        self._query, self._mixed, self._middle = query, mixed, middle
+        normed, query, key, value = make(hidden), make(q.rows), make(k.rows), make(v.rows)
+        mixed, back, middle = make(o.columns), make(o.rows), make(hidden)
+        gated, values, product = make(inner), make(inner), make(down.rows)
         self._first_norm = self._norm(parts.norms[0], normed, normed, 1)
-        self._to_heads, self._heads_out = self._several((q, k, v), normed, (query, normed, normed))
+        head_norms: list[_Call] = []
         if parts.head_norms is not None:
-            self._q_norm = self._norm(parts.head_norms[0], query, query, parts.heads)
-            self._k_norm = self._norm(parts.head_norms[1], query, query, parts.kv_heads)
-        self._back = self._several((o,), mixed, (back,))[0]
+            both = zip(parts.head_norms, (query, key), (parts.heads, parts.kv_heads), strict=True)
+            head_norms = [(lib.NORM, self._norm(n, x, x, heads)) for n, x, heads in both]
+        self._turns = [
+            self._turn(query, parts.heads),
+            self._turn(key, parts.kv_heads),
+        ]
+        self._copies = [self._copy(key), self._copy(value)]
         self._attend = self._attention(query, mixed)
-        number, count = lib.DTYPES[dtype], rows * hidden
-        self._add_first = (back.data_ptr(), number, count, middle.data_ptr())
-        self._second_norm = self._norm(parts.norms[1], middle, normed, 1)
-        self._to_gate = self._several((gate, up), normed, (gated, values))[0]
-        pointers = gated.data_ptr(), values.data_ptr()
-        self._gate = (*pointers, number, rows * inner, gated.data_ptr())
-        self._down = self._several((down,), gated, (product,))[0]
-        self._add_last = (middle.data_ptr(), product.data_ptr(), number, count)
+        self._add_first = self._pair(middle, back, middle)
+        self._add_last = self._pair(middle, product, middle)
+        before: list[_Call] = [
+            (lib.NORM, self._first_norm),
+            self._products((q, k, v), normed, (query, key, value)),
+            *head_norms,
+            *((lib.TURN, one) for one in self._turns),
+            *((lib.COPY, one) for one in self._copies),
+        ]
+        behind: list[_Call] = [
+            (lib.ATTEND, self._attend),
+            self._products((o,), mixed, (back,)),
+            (lib.ADD, self._add_first),
+            (lib.NORM, self._norm(parts.norms[1], middle, normed, 1)),
+            self._products((gate, up), normed, (gated, values)),
+            (lib.GATE, self._pair(gated, values, gated)),
+            self._products((down,), gated, (product,)),
+            (lib.ADD, self._add_last),
+        ]
+        self._calls = self._row((*before, *behind))
+        self._before, self._all = len(before), len(before) + len(behind)
 
     def is_good(self) -> bool:
         """Tell whether the parts still hold what the arguments point to."""
@@ -104,7 +141,7 @@ class Step:
         x: Tensor,
         turning: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        memory: Memory,
     ) -> Tensor:
         """Return the block's output for x [B, 1, I]: the same shape and type.
 
@@ -112,52 +149,74 @@ class Step:
             x: contiguous, of the step's number of sequences and type.
             turning: cosines and sines of the position, contiguous [B or 1, 1, W].
             mask: bool [B or 1, H or 1, 1, T], or None.
-            remember: takes keys and values [B, N, 1, W], returns those of all tokens [B, N, T, W].
+            memory: of the keys and values of all tokens.
         """
-        parts, rows, library, runtime = self.parts, self.rows, self._library, self._runtime
-        check, number = lib.check, lib.DTYPES[self.dtype]
-        key = torch.empty(rows, 1, parts.kv_heads, parts.width, dtype=self.dtype)
-        value, out = torch.empty_like(key), torch.empty_like(x)
-        at, to_key = x.data_ptr(), key.data_ptr()
-        self._first_norm.x = at
-        check(library.ar_norm(runtime, self._first_norm))
-        self._heads_out[1].y, self._heads_out[2].y = to_key, value.data_ptr()
-        check(library.ar_multiply_several(runtime, *self._to_heads))
-        if parts.head_norms is not None:
-            self._k_norm.x = self._k_norm.y = to_key
-            check(library.ar_norm(runtime, self._q_norm))
-            check(library.ar_norm(runtime, self._k_norm))
+        out = torch.empty_like(x)
+        self._first_norm.x = self._add_first.a = x.data_ptr()
+        self._add_last.y = out.data_ptr()
         cos, sin = turning
-        angles = cos.data_ptr(), sin.data_ptr(), number
         apart = cos.shape[0]
-        together = rows // apart
-        for pointer, heads in ((self._query.data_ptr(), parts.heads), (to_key, parts.kv_heads)):
-            check(library.ar_turn(runtime, pointer, *angles, apart, together * heads, parts.width))
-        keys, values = remember(key.transpose(1, 2), value.transpose(1, 2))
-        self._look(keys, values, mask)
-        check(library.ar_multiply_several(runtime, *self._back))
-        check(library.ar_add(runtime, at, *self._add_first))
-        check(library.ar_norm(runtime, self._second_norm))
-        check(library.ar_multiply_several(runtime, *self._to_gate))
-        check(library.ar_gate(runtime, *self._gate))
-        check(library.ar_multiply_several(runtime, *self._down))
-        check(library.ar_add(runtime, *self._add_last, out.data_ptr()))
+        for turn, heads in zip(self._turns, (self.parts.heads, self.parts.kv_heads), strict=True):
+            turn.cos, turn.sin, turn.sequences = cos.data_ptr(), sin.data_ptr(), apart
+            turn.heads = self.rows // apart * heads
+        places = memory.places()
+        if places is None:
+            self._apart(mask, memory)
+            return out
+        for copy, place in zip(self._copies, places, strict=True):
+            copy.y = place.data_ptr()
+            copy.y0, copy.y1 = place.stride()[:2]
+        self._look(*memory.with_places(), mask)
+        self._run(0, self._all)
+        memory.keep()
         return out
 
+    def _apart(self, mask: Tensor | None, memory: Memory) -> None:
+        """Run with a memory that takes keys and values its own way."""
+        parts = self.parts
+        both = [
+            torch.empty(self.rows, parts.kv_heads, 1, parts.width, dtype=self.dtype)
+            for _ in range(2)
+        ]
+        for copy, new in zip(self._copies, both, strict=True):
+            copy.y = new.data_ptr()
+            copy.y0, copy.y1 = new.stride()[:2]
+        self._run(0, self._before)
+        keys, values = (
+            t if t.stride(3) == 1 else t.contiguous() for t in memory.update(both[0], both[1])
+        )
+        self._look(keys, values, mask)
+        self._run(self._before, self._all)
+
+    def _run(self, begin: int, end: int) -> None:
+        """Run a part of the row of calls."""
+        first = ctypes.addressof(self._calls) + begin * ctypes.sizeof(lib.Call)
+        threads = torch.get_num_threads()
+        lib.check(self._library.ar_run(self._runtime, first, end - begin, threads))
+
     def _look(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-        """Mix the values of all tokens."""
+        """Say where the keys and values of all tokens are."""
         given, length = self._attend, keys.shape[2]
-        keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (keys, values))
         given.k, given.v, given.length = keys.data_ptr(), values.data_ptr(), length
         given.k0, given.k1, given.k2, _ = keys.stride()
         given.v0, given.v1, given.v2, _ = values.stride()
-        given.mask = None
+        given.mask, self._mask = None, None
         if mask is not None:
             mask = mask.expand(self.rows, self.parts.heads, 1, length)
-            mask = mask if mask.stride(3) == 1 else mask.contiguous()
+            self._mask = mask = mask if mask.stride(3) == 1 else mask.contiguous()
             given.mask = mask.data_ptr()
             given.mask0, given.mask1 = mask.stride()[:2]
-        lib.check(self._library.ar_attend(self._runtime, given))
+
+    def _row(self, calls: Sequence[_Call]) -> ctypes.Array[lib.Call]:
+        """Return calls as C takes them."""
+        row = (lib.Call * len(calls))()
+        for i, (kind, what, *more) in enumerate(calls):
+            self._kept.append(what)
+            row[i].kind, row[i].what = kind, ctypes.addressof(what)
+            if more:
+                row[i].with_, row[i].count = ctypes.addressof(more[0]), more[1]
+                self._kept.append(more[0])
+        return row
 
     def _buffer(self, width: int) -> Tensor:
         with torch.inference_mode(mode=False):  # those made within serve within only
@@ -173,10 +232,10 @@ class Step:
             *(norm.weight.data_ptr(), norm.eps, y.data_ptr()),
         )
 
-    def _several(
+    def _products(
         self, layers: Sequence[QuantLinear], x: Tensor, outs: Sequence[Tensor]
-    ) -> tuple[tuple[Any, ...], ctypes.Array[lib.Product]]:
-        """Return the arguments of products with one x, and where their outputs are named."""
+    ) -> _Call:
+        """Return the call for products with one x."""
         count, size = len(layers), x.itemsize
         weights, products = (lib.Weight * count)(), (lib.Product * count)()
         for i, (layer, out) in enumerate(zip(layers, outs, strict=True)):
@@ -190,7 +249,19 @@ class Step:
                 *(out.data_ptr(), self.rows * layer.rows * size),
             )
             self._kept += [blob, wide]
-        return (weights, products, count), products
+        return lib.PRODUCTS, weights, products, count
+
+    def _pair(self, a: Tensor, b: Tensor, y: Tensor) -> lib.Pair:
+        number = lib.DTYPES[self.dtype]
+        return lib.Pair(a.data_ptr(), b.data_ptr(), number, a.numel(), y.data_ptr())
+
+    def _turn(self, x: Tensor, heads: int) -> lib.Turn:
+        number = lib.DTYPES[self.dtype]
+        return lib.Turn(x.data_ptr(), None, None, number, self.rows, heads, self.parts.width)
+
+    def _copy(self, x: Tensor) -> lib.Copy:
+        shape = self.rows, self.parts.kv_heads, self.parts.width
+        return lib.Copy(x.data_ptr(), lib.DTYPES[self.dtype], *shape, None, 0, 0)
 
     def _attention(self, query: Tensor, mixed: Tensor) -> lib.Attention:
         parts, number = self.parts, lib.DTYPES[self.dtype]

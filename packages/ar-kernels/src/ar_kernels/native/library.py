@@ -17,7 +17,7 @@ from ar_kernels.weight import KernelError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ABI = 2
+ABI = 3
 PATH_ENV = "AR_NATIVE_LIBRARY"
 ISA_ENV = "AR_NATIVE_ISA"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -109,6 +109,52 @@ class Attention(ctypes.Structure):
         ("scale", ctypes.c_double),
         ("y", ctypes.c_void_p),
     )
+
+
+class Pair(ctypes.Structure):
+    """`ar_pair` of api.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in "ab"),
+        ("dtype", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+    )
+
+
+class Turn(ctypes.Structure):
+    """`ar_turn` of api.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("dtype", "sequences", "heads", "width")),
+    )
+
+
+class Copy(ctypes.Structure):
+    """`ar_copy` of api.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("dtype", "sequences", "heads", "width")),
+        ("y", ctypes.c_void_p),
+        *((f"y{i}", ctypes.c_int64) for i in range(2)),
+    )
+
+
+class Call(ctypes.Structure):
+    """`ar_call` of api.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("what", ctypes.c_void_p),
+        ("with_", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+    )
+
+
+PRODUCTS, NORM, ATTEND, GATE, ADD, TURN, COPY = range(7)
+"""Kinds of `Call`."""
 
 
 @dataclass(frozen=True)
@@ -240,15 +286,12 @@ def _declare(library: ctypes.CDLL) -> None:
         "ar_pack": (runtime, pointer, pointer, number, pointer, number),
         "ar_unpack": (runtime, weight, pointer, number),
         "ar_multiply": (runtime, weight, product),
-        "ar_multiply_several": (runtime, pointer, pointer, number),
-        "ar_gate": (runtime, pointer, pointer, number, number, pointer),
-        "ar_add": (runtime, pointer, pointer, number, number, pointer),
-        "ar_turn": (runtime, *(pointer,) * 3, *(number,) * 4),
         "ar_multiply_experts": (runtime, weight, product, pointer, number),
         "ar_expand": (runtime, weight, number, number, number, pointer, number),
         "ar_multiply_floats": (runtime, floats, product),
         "ar_norm": (runtime, norm),
         "ar_attend": (runtime, attention),
+        "ar_run": (runtime, pointer, number, number),
         "ar_read": (runtime, pointer, number, pointer),
     }
     for name, types in arguments.items():

@@ -1,9 +1,7 @@
 #include "api.h"
 
-#include <string.h>
-
 #include "pack.h"
-#include "runtime.h"
+#include "products.h"
 
 namespace ar {
 
@@ -35,79 +33,14 @@ const Kernels* kernels(int64_t isa) { return isa == 0 ? &kPortable : nullptr; }
 
 namespace {
 
-constexpr int64_t kAbi = 2;
-constexpr int64_t kSeveral = 4;  // most weights of one call
-
-struct Weights {
-  Format format;
-  int64_t count;
-};
-
-int32_t open(const ar_weight* w, Weights* out) {
-  if (w == nullptr || !read_format(w->meta, &out->format)) return kBadFormat;
-  out->count = w->meta[7];
-  return w->blob != nullptr && w->bytes == out->format.bytes ? kOk : kBadBlob;
-}
-
-int32_t check(const Format& f, const ar_product* p) {
-  constexpr int64_t kMost = int64_t(1) << 31;
-  if (p == nullptr || p->dtype < 0 || p->dtype > kBF16 || p->rows < 0 || p->rows >= kMost)
-    return kBadInput;
-  if (p->rows == 0) return kOk;
-  if (p->x == nullptr || p->stride < 0 || p->stride >= kMost) return kBadInput;
-  const int width = width_of(p->dtype);
-  if (p->x_bytes < ((p->rows - 1) * p->stride + f.columns) * width) return kBadInput;
-  if (p->y == nullptr || p->y_bytes != p->rows * f.rows * width) return kBadOutput;
-  return kOk;
-}
-
-Job job_of(const Kernels& k, const Format& f, const uint8_t* blob, const uint8_t* first,
-           const ar_product* p) {
-  Job job{};
-  job.format = f;
-  job.blob = blob;
-  job.first = first;
-  job.x = p->x;
-  job.x_stride = p->stride;
-  job.rows = p->rows;
-  job.dtype = int(p->dtype);
-  job.pieces = k.pieces[p->dtype];
-  job.bias = p->bias;
-  job.y = p->y;
-  job.y_stride = f.rows;
-  return job;
-}
-
-// Bytes of a product's inputs as the kernels read them.
-struct Inputs {
-  int64_t packed, sums, bases;
-  int64_t all() const { return ceil_div(packed + sums + bases, 64) * 64; }
-};
-
-Inputs inputs_of(const Kernels& k, const Job& job) {
-  const Format& f = job.format;
-  const int64_t virtual_rows = job.rows * job.pieces, tiles = ceil_div(virtual_rows, kTile);
-  const bool needs_sums = f.zero || zero_bias(f, job.blob) != 0;
-  const bool in_place = f.kind == kInteger && f.bits <= 4 && f.groups && job.pieces == 1 &&
-                        virtual_rows <= k.in_place_rows;
-  const int64_t of_groups = tiles * kTile * f.groups * 4;
-  return Inputs{ceil_div(tiles * kTile * f.blocks * kDepth * k.element, 64) * 64,
-                needs_sums ? of_groups : 0, in_place ? of_groups : 0};
-}
+constexpr int64_t kAbi = 3;
 
 void prepare(const ar_runtime* rt, const Kernels& k, const Inputs& inputs, uint8_t* memory,
              Job* job) {
-  job->packed = memory;
-  job->sums = inputs.sums ? reinterpret_cast<float*>(memory + inputs.packed) : nullptr;
-  job->bases =
-      inputs.bases ? reinterpret_cast<float*>(memory + inputs.packed + inputs.sums) : nullptr;
+  place(inputs, memory, job);
   const int64_t tile_work = kTile * job->format.blocks * kDepth;
-  parallel(rt, ceil_div(job->rows * job->pieces, kTile), ceil_div(kWorthAThread * 4, tile_work),
+  parallel(rt, input_tiles(*job), ceil_div(kWorthAThread * 4, tile_work),
            [&](int64_t b, int64_t e) { k.prepare(*job, b, e); });
-}
-
-int64_t strip_work(const Job& job) {
-  return kStrip * job.format.blocks * kDepth * job.rows * job.pieces;
 }
 
 int32_t multiply(const ar_runtime* rt, const Kernels& k, const Format& f, const uint8_t* blob,
@@ -122,13 +55,6 @@ int32_t multiply(const ar_runtime* rt, const Kernels& k, const Format& f, const 
   parallel(rt, f.strips, ceil_div(kWorthAThread, strip_work(job)),
            [&](int64_t b, int64_t e) { k.multiply(job, b, e); });
   return kOk;
-}
-
-// Tells whether what was prepared for one product serves another of the same x.
-bool share_inputs(const Job& a, const Job& b) {
-  const Format &f = a.format, &g = b.format;
-  return f.columns == g.columns && f.group == g.group && f.bits == g.bits && f.kind == g.kind &&
-         f.zero == g.zero && memcmp(a.blob, b.blob, kHeader) == 0;
 }
 
 }  // namespace
@@ -194,47 +120,6 @@ int32_t ar_multiply(const ar_runtime* rt, const ar_weight* weight, const ar_prod
   const Kernels* k = kernels(rt->isa);
   if (k == nullptr) return kBadIsa;
   return multiply(rt, *k, w.format, weight->blob, weight->blob + kHeader, product);
-}
-
-int32_t ar_multiply_several(const ar_runtime* rt, const ar_weight* weights,
-                            const ar_product* products, int64_t count) {
-  if (count < 1 || count > kSeveral || weights == nullptr || products == nullptr) return kBadRange;
-  const Kernels* k = kernels(rt->isa);
-  if (k == nullptr) return kBadIsa;
-  Job jobs[kSeveral];
-  int64_t places[kSeveral + 1] = {}, ends[kSeveral], strips = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const ar_product &p = products[i], &q = products[0];
-    Weights w;
-    if (const int32_t bad = open(weights + i, &w)) return bad;
-    if (w.count != 1) return kBadFormat;
-    if (const int32_t bad = check(w.format, &p)) return bad;
-    if (p.x != q.x || p.rows != q.rows || p.stride != q.stride || p.dtype != q.dtype)
-      return kBadInput;
-    jobs[i] = job_of(*k, w.format, weights[i].blob, weights[i].blob + kHeader, &p);
-    places[i + 1] = places[i] + inputs_of(*k, jobs[i]).all();
-    ends[i] = strips += w.format.strips;
-  }
-  if (products[0].rows == 0) return kOk;
-  Scratch scratch;
-  uint8_t* memory = static_cast<uint8_t*>(scratch.get(places[count]));
-  if (memory == nullptr) return kNoMemory;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i && share_inputs(jobs[i], jobs[0])) {
-      jobs[i].packed = jobs[0].packed;
-      jobs[i].sums = jobs[0].sums;
-      jobs[i].bases = jobs[0].bases;
-    } else {
-      prepare(rt, *k, inputs_of(*k, jobs[i]), memory + places[i], jobs + i);
-    }
-  }
-  parallel(rt, strips, ceil_div(kWorthAThread, strip_work(jobs[0])), [&](int64_t b, int64_t e) {
-    for (int64_t i = 0, first = 0; i < count; first = ends[i++]) {
-      const int64_t from = b > first ? b : first, to = e < ends[i] ? e : ends[i];
-      if (from < to) k->multiply(jobs[i], from - first, to - first);
-    }
-  });
-  return kOk;
 }
 
 int32_t ar_multiply_experts(const ar_runtime* rt, const ar_weight* weight,

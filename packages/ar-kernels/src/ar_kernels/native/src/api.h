@@ -65,6 +65,39 @@ typedef struct {
   void* y;               // [sequences][heads][width], contiguous
 } ar_attention;
 
+// `count` values, a multiple of 16.
+typedef struct {
+  const void *a, *b;
+  int64_t dtype, count;
+  void* y;
+} ar_pair;
+
+// Turns the halves of each head in place: x * cos + (-second half, first half) * sin, with cos and
+// sin [sequences][width]; x [sequences][heads][width], the width a multiple of 32.
+typedef struct {
+  void* x;
+  const void *cos, *sin;
+  int64_t dtype, sequences, heads, width;
+} ar_turn;
+
+// Writes x [sequences][heads][width] to where sequences and heads are y_stride elements apart.
+typedef struct {
+  const void* x;
+  int64_t dtype, sequences, heads, width;
+  void* y;
+  int64_t y_stride[2];
+} ar_copy;
+
+// One of a row of calls. `what` by kind: 0: `count` (up to 4) ar_weight, and `with` as many
+// ar_product of the same x; 1: ar_norm_input; 2: ar_attention; 3: ar_pair, y = a / (1 + e^-a) * b;
+// 4: ar_pair, y = a + b; 5: ar_turn; 6: ar_copy.
+typedef struct {
+  int64_t kind;
+  const void* what;
+  const void* with;
+  int64_t count;
+} ar_call;
+
 AR_API int64_t ar_abi(void);
 // Tells whether this processor runs an instruction set.
 AR_API int32_t ar_runs(int64_t isa);
@@ -76,9 +109,6 @@ AR_API int32_t ar_pack(const ar_runtime*, const int64_t* meta, const uint8_t* co
                        int64_t codes_bytes, uint8_t* blob, int64_t bytes);
 AR_API int32_t ar_unpack(const ar_runtime*, const ar_weight*, uint8_t* codes, int64_t codes_bytes);
 AR_API int32_t ar_multiply(const ar_runtime*, const ar_weight*, const ar_product*);
-// Up to 4 products with the same x.
-AR_API int32_t ar_multiply_several(const ar_runtime*, const ar_weight*, const ar_product*,
-                                   int64_t count);
 // Rows [offsets[e], offsets[e + 1]) of x times weight e.
 AR_API int32_t ar_multiply_experts(const ar_runtime*, const ar_weight*, const ar_product*,
                                    const int64_t* offsets, int64_t count);
@@ -89,18 +119,11 @@ AR_API int32_t ar_expand(const ar_runtime*, const ar_weight*, int64_t begin, int
 AR_API int32_t ar_multiply_floats(const ar_runtime*, const ar_floats*, const ar_product*);
 // Rows of x divided by their root mean square, times a weight; columns are a multiple of 16.
 AR_API int32_t ar_norm(const ar_runtime*, const ar_norm_input*);
-// y = act(gate) * up, where act is x / (1 + e^-x); each of `count` values, a multiple of 16.
-AR_API int32_t ar_gate(const ar_runtime*, const void* gate, const void* up, int64_t dtype,
-                       int64_t count, void* y);
-// y = a + b; each of `count` values, a multiple of 16.
-AR_API int32_t ar_add(const ar_runtime*, const void* a, const void* b, int64_t dtype,
-                      int64_t count, void* y);
-// Turns the halves of each head in place: x * cos + (-second half, first half) * sin, with cos and
-// sin [sequences][width]; x [sequences][heads][width], the width a multiple of 32.
-AR_API int32_t ar_turn(const ar_runtime*, void* x, const void* cos, const void* sin, int64_t dtype,
-                       int64_t sequences, int64_t heads, int64_t width);
 // Softmax attention of one token; the width of a head is a multiple of 16, at most 512.
 AR_API int32_t ar_attend(const ar_runtime*, const ar_attention*);
+// Up to 32 calls, each after those before it. All are checked before the first is run. `threads`
+// is how many are expected.
+AR_API int32_t ar_run(const ar_runtime*, const ar_call*, int64_t count, int64_t threads);
 // Reads a buffer with every thread; what the memory gives.
 AR_API int32_t ar_read(const ar_runtime*, const uint8_t* buffer, int64_t bytes, float* out);
 
