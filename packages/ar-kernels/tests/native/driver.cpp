@@ -316,7 +316,9 @@ void run_pairs(int64_t isa, int dtype, int64_t heads, int64_t width) {
     good &= as_double(copied, i / width * 2 * width + d, dtype) == as_double(turned, i, dtype);
   }
   const ar_call strange{7, &gate, nullptr, 0};
-  good &= ar_run(&runtime, &strange, 1, 1) != 0 && ar_run(&runtime, calls, 33, 1) != 0;
+  good &= ar_run(&runtime, &strange, 1, 1) != 0 && ar_run(&runtime, calls, -1, 1) != 0;
+  std::vector<ar_call> many(150, calls[1]);
+  good &= ar_run(&runtime, many.data(), 150, 1) == 0;
   expect(good, "pairs", isa, dtype, Shape{heads, width, 0}, 0);
 }
 

@@ -66,7 +66,9 @@ def built(build: ModuleType, command: str, folder: Path, flags: tuple[str, ...])
     made, driver = folder / "driver.o", folder / "driver"
     plain = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-pthread")
     subprocess.run([command, *plain, "-c", str(HERE / "driver.cpp"), "-o", str(made)], check=True)
-    subprocess.run([command, *flags, "-pthread", str(made), *map(str, objects), "-o", str(driver)], check=True)
+    subprocess.run(
+        [command, *flags, "-pthread", str(made), *map(str, objects), "-o", str(driver)], check=True
+    )
     return driver
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass, field
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +18,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ar_kernels.hf.attention import NAME
+from ar_kernels.hf.chain import Chain, Given
 from ar_kernels.hf.growing import LayerMemory
+from ar_kernels.hf.taken import Taken
 from ar_kernels.linear import QuantLinear
 from ar_kernels.native import library, steps
-from ar_kernels.native.layer import Parts, Step
+from ar_kernels.native.layer import Parts
 from ar_kernels.native.modules import NativeNorm
 
 if TYPE_CHECKING:
@@ -41,45 +43,12 @@ rounds between its operations, but no other formula. Seen: 1.5e-7, 6e-4, 6e-3.""
 MOST_SEQUENCES = 4
 
 
-class _Made(dict[int, Step]):
-    """Steps by their number of sequences; a copy of a block makes its own."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Made:
-        return _Made()
-
-    def __reduce__(self) -> tuple[type[_Made], tuple[()]]:
-        return _Made, ()
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """What a block was taken with: its parts, where each was found, and steps made so far."""
-
-    parts: Parts
-    watched: tuple[tuple[dict[str, Any], str, nn.Module], ...]
-    steps: _Made = field(default_factory=_Made)
-
-    def is_as_it_was(self) -> bool:
-        """Tell whether nobody replaced one of the modules or hooked into it."""
-        return all(
-            held.get(name) is part
-            and not part._forward_hooks  # noqa: SLF001 - no other way
-            and not part._forward_pre_hooks  # noqa: SLF001
-            for held, name, part in self.watched
-        )
-
-    def step(self, rows: int, dtype: torch.dtype) -> Step:
-        """Return the step for a number of sequences, made again where weights are others."""
-        found = self.steps.get(rows)
-        if found is None or found.dtype != dtype or not found.is_good():
-            found = self.steps[rows] = Step(self.parts, rows, dtype)
-        return found
-
-
 class NativeBlock(nn.Module):
     """Mixed into a block's own class: one token of each sequence at a time goes our way."""
 
-    ar_taken: _Taken
+    ar_taken: Taken
+    ar_chain: Chain
+    ar_place: int
     self_attn: Any
 
     def forward(
@@ -118,34 +87,51 @@ class NativeBlock(nn.Module):
         kwargs: dict[str, Any],
     ) -> Tensor | None:
         """Return the output, None where this is not for us."""
-        if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.dim() != 3:  # noqa: PLR2004
-            return None
-        taken, (rows, new, _) = self.ar_taken, x.shape
-        if new != 1 or not 0 < rows <= MOST_SEQUENCES or not x.is_cpu:
-            return None
-        if torch.is_grad_enabled() and x.requires_grad or is_in_torch_dispatch_mode():
-            return None
-        if self.training or not taken.is_as_it_was() or not _is_ours(self.self_attn):
+        if self.training or not _is_one_token(x):
             return None
         if any(value is not None and value is not False for value in kwargs.values()):
             return None
-        cos, sin = turning
-        if mask is not None and not (mask.dtype == torch.bool and mask.dim() == 4):  # noqa: PLR2004
+        given = Given(mask, *turning, cache)
+        place, chain = self.ar_place, self.ar_chain
+        if place and (out := chain.output(x, place, given)) is not None:
+            return out
+        taken = self.ar_taken
+        if not taken.is_as_it_was() or not _is_ours(self.self_attn) or not _fit(x, given, taken):
             return None
-        parts = taken.parts
-        if cos.dtype != x.dtype or cos.shape[-1] != parts.width or cos.shape[0] not in (1, rows):
-            return None
-        if x.dtype != parts.linears[0].dtype:
-            return None
+        if not place and (out := chain.output(x, place, given)) is not None:
+            return out
+        chain.note(place, given)
+        rows, parts = len(x), taken.parts
         step = taken.step(rows, x.dtype)
         if not step.busy.acquire(blocking=False):
             return None
         try:
             shape = rows, parts.kv_heads, 1, parts.width
             memory = LayerMemory(cache, self.self_attn.layer_idx, shape, x.dtype)
-            return step.run(x.contiguous(), (cos.contiguous(), sin.contiguous()), mask, memory)
+            cos, sin = given.cos.contiguous(), given.sin.contiguous()
+            return step.run(x.contiguous(), (cos, sin), mask, memory)
         finally:
             step.busy.release()
+
+
+def _is_one_token(x: Tensor) -> bool:
+    """Tell whether x is a plain tensor [B, 1, I] of few sequences, without gradients."""
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.dim() != 3:  # noqa: PLR2004
+        return False
+    rows, new, _ = x.shape
+    if new != 1 or not 0 < rows <= MOST_SEQUENCES or not x.is_cpu:
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad or is_in_torch_dispatch_mode())
+
+
+def _fit(x: Tensor, given: Given, taken: Taken) -> bool:
+    """Tell whether mask and position are of the kinds that our step takes."""
+    mask, cos, parts = given.mask, given.cos, taken.parts
+    if mask is not None and not (mask.dtype == torch.bool and mask.dim() == 4):  # noqa: PLR2004
+        return False
+    if cos.dtype != x.dtype or cos.shape[-1] != parts.width or cos.shape[0] not in (1, len(x)):
+        return False
+    return x.dtype == parts.linears[0].dtype
 
 
 def take_blocks(model: nn.Module) -> int:
@@ -157,7 +143,7 @@ def take_blocks(model: nn.Module) -> int:
             continue
         kind: Any = type(block)
         attention, perceptron = block.get_submodule("self_attn"), block.get_submodule("mlp")
-        block.ar_taken = _Taken(  # type: ignore[assignment]
+        block.ar_taken = Taken(  # type: ignore[assignment]
             parts,
             (
                 *_found(block, _BLOCK),
@@ -165,13 +151,38 @@ def take_blocks(model: nn.Module) -> int:
                 *_found(perceptron, _PERCEPTRON),
             ),
         )
+        block.ar_chain, block.ar_place = Chain(), 0  # type: ignore[assignment]
         block.__class__ = _mixed(kind)
         if _agrees(block, kind, parts):
             count += 1
         else:
             block.__class__ = kind
-            del block.ar_taken
+            del block.ar_taken, block.ar_chain, block.ar_place
+    _link(model)
     return count
+
+
+def _link(model: nn.Module) -> None:
+    """Chain blocks of one kind that follow one another in a list."""
+    for blocks in model.modules():
+        if isinstance(blocks, nn.ModuleList):
+            for _, run in itertools.groupby(blocks, _kind):
+                taken: list[Any] = list(run)
+                if not isinstance(taken[0], NativeBlock):
+                    continue
+                layers = [block.self_attn.layer_idx for block in taken]
+                chain = Chain([block.ar_taken for block in taken], layers)
+                for place, block in enumerate(taken):
+                    block.ar_chain, block.ar_place = chain, place
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """Return what the blocks of a chain have in common; those that are not taken: nothing."""
+    if not isinstance(block, NativeBlock):
+        return (None,)
+    parts = block.ar_taken.parts
+    first = parts.linears[0]
+    return parts.heads, parts.kv_heads, parts.width, first.columns, first.dtype
 
 
 def _found(owner: nn.Module, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str, nn.Module]]:

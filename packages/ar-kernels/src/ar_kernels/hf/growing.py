@@ -29,8 +29,9 @@ class Room:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         """Copy keys and values [B, N, T, W] and leave room behind them."""
         self.filled = keys.shape[2]
-        capacity = self.filled + max(_LEAST, self.filled // 4)
-        self.keys, self.values = (_wider(t, capacity) for t in (keys, values))
+        self.capacity = self.filled + max(_LEAST, self.filled // 4)
+        self.keys, self.values = (_wider(t, self.capacity) for t in (keys, values))
+        self._given: tuple[Tensor, Tensor] | None = None
 
     def holds(self, layer: Any) -> bool:
         """Tell whether a layer's tensors are all that was written here, and one more fits."""
@@ -41,6 +42,23 @@ class Room:
             and held.stride() == mine.stride()
             for held, mine in ((layer.keys, self.keys), (layer.values, self.values))
         )
+
+    def is_untouched(self, layer: Any) -> bool:
+        """Tell whether a layer has the tensors that `keep` gave it last, and one more fits."""
+        given = self._given
+        if given is None or self.filled >= self.capacity:
+            return False
+        return layer.keys is given[0] and layer.values is given[1]
+
+    def fits(self, rows: int, heads: int, width: int, dtype: torch.dtype) -> bool:
+        """Tell whether keys and values of a shape and type are held, each contiguous."""
+        shape = rows, heads, self.capacity, width
+        return self.keys.dtype == dtype and self.keys.shape == shape == self.values.shape
+
+    def keep(self, layer: Any) -> None:
+        """Take what was written to the next place as a token of a layer."""
+        self.filled += 1
+        layer.keys, layer.values = self._given = self.first(self.filled)
 
     def place(self) -> tuple[Tensor, Tensor]:
         """Return where the next key and value go: [B, N, 1, W]."""
@@ -73,7 +91,6 @@ class LayerMemory:
             room = Room(layer.keys, layer.values)
             layer.ar_room = room
         self._room = room
-        self._with_places: tuple[Tensor, Tensor] = room.first(room.filled + 1)
 
     def places(self) -> tuple[Tensor, Tensor] | None:
         """Return where the new key and value go, [B, N, 1, W] each; None: use `update`."""
@@ -81,13 +98,13 @@ class LayerMemory:
 
     def with_places(self) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, N, T, W] up to and with those places."""
-        return self._with_places
+        assert self._room is not None
+        return self._room.first(self._room.filled + 1)
 
     def keep(self) -> None:
         """Take what was written there as a token of the past."""
         if self._room is not None:
-            self._room.filled += 1
-            self._layer.keys, self._layer.values = self._with_places
+            self._room.keep(self._layer)
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add a key and a value [B, N, 1, W], and return those of all tokens."""
@@ -98,7 +115,7 @@ class LayerMemory:
         for place, new in zip(places, (key, value), strict=True):
             place.copy_(new)
         self.keep()
-        return self._with_places
+        return self._layer.keys, self._layer.values
 
 
 def _is_filled(layer: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:

@@ -74,11 +74,24 @@ class Memory(Protocol):
         """Add a key and a value [B, N, 1, W], and return those of all tokens."""
 
 
+class Buffers(dict[str, "Tensor"]):
+    """Memory between the calls of a step, which steps that follow one another can share."""
+
+    def of(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Return a buffer [rows, width], made if it is not there."""
+        if name not in self:
+            with torch.inference_mode(mode=False):  # those made within serve within only
+                self[name] = torch.zeros(rows, width, dtype=dtype)
+        return self[name]
+
+
 class Step:
     """The calls for a number of sequences; made once, for one thread at a time."""
 
-    def __init__(self, parts: Parts, rows: int, dtype: torch.dtype) -> None:
-        """Make buffers and arguments."""
+    def __init__(
+        self, parts: Parts, rows: int, dtype: torch.dtype, buffers: Buffers | None = None
+    ) -> None:
+        """Make buffers, unless they are given, and arguments."""
         self.parts, self.rows, self.dtype = parts, rows, dtype
         norms = (*parts.norms, *(parts.head_norms or ()))
         biased = [(one, bias) for one in parts.linears if (bias := one.bias) is not None]
@@ -93,10 +106,15 @@ class Step:
         q, k, v, o = parts.attention
         gate, up, down = parts.perceptron
         hidden, inner = q.columns, gate.rows
-        make = self._buffer
-        normed, query, key, value = make(hidden), make(q.rows), make(k.rows), make(v.rows)
-        mixed, back, middle = make(o.columns), make(o.rows), make(hidden)
-        gated, values, product = make(inner), make(inner), make(down.rows)
+        buffers = Buffers() if buffers is None else buffers
+        self._kept.append(buffers)
+
+        def make(**widths: int) -> list[Tensor]:
+            return [buffers.of(name, rows, width, dtype) for name, width in widths.items()]
+
+        normed, query, key, value = make(normed=hidden, query=q.rows, key=k.rows, value=v.rows)
+        mixed, back, middle = make(mixed=o.columns, back=o.rows, middle=hidden)
+        gated, values, product = make(gated=inner, values=inner, product=down.rows)
         self._first_norm = self._norm(parts.norms[0], normed, normed, 1)
         head_norms: list[_Call] = []
         if parts.head_norms is not None:
@@ -152,13 +170,8 @@ class Step:
             memory: of the keys and values of all tokens.
         """
         out = torch.empty_like(x)
-        self._first_norm.x = self._add_first.a = x.data_ptr()
-        self._add_last.y = out.data_ptr()
-        cos, sin = turning
-        apart = cos.shape[0]
-        for turn, heads in zip(self._turns, (self.parts.heads, self.parts.kv_heads), strict=True):
-            turn.cos, turn.sin, turn.sequences = cos.data_ptr(), sin.data_ptr(), apart
-            turn.heads = self.rows // apart * heads
+        self.wire(x, out)
+        self.turn_by(*turning)
         places = memory.places()
         if places is None:
             self._apart(mask, memory)
@@ -170,6 +183,47 @@ class Step:
         self._run(0, self._all)
         memory.keep()
         return out
+
+    def wire(self, x: Tensor, out: Tensor) -> None:
+        """Say where the block's input and output are, [B, I] or with a 1 between."""
+        self._first_norm.x = self._add_first.a = x.data_ptr()
+        self._add_last.y = out.data_ptr()
+
+    def turn_by(self, cos: Tensor, sin: Tensor) -> None:
+        """Say where cosines and sines are, [B or 1, 1, W] each."""
+        apart = cos.shape[0]
+        for turn, heads in zip(self._turns, (self.parts.heads, self.parts.kv_heads), strict=True):
+            turn.cos, turn.sin, turn.sequences = cos.data_ptr(), sin.data_ptr(), apart
+            turn.heads = self.rows // apart * heads
+
+    def remember_in(self, keys: Tensor, values: Tensor) -> None:
+        """Say where keys and values [B, N, T, W] are kept; `see` says which of them are there."""
+        for copy, held in zip(self._copies, (keys, values), strict=True):
+            copy.y0, copy.y1 = held.stride()[:2]
+        self._point(keys, values)
+        self._steps = [
+            (copy, held.data_ptr(), held.stride(2) * held.itemsize)
+            for copy, held in zip(self._copies, (keys, values), strict=True)
+        ]
+
+    def see(self, tokens: int, mask: Tensor | None) -> None:
+        """Put the new token behind so many others, and look at all of them.
+
+        Args:
+            tokens: before the new one, there is room for one more.
+            mask: bool [B, H, 1, tokens + 1] with its values side by side, or None.
+        """
+        for copy, at, step in self._steps:
+            copy.y = at + tokens * step
+        self._attend.length = tokens + 1
+        self._attend.mask = None
+        if mask is not None:
+            self._attend.mask = mask.data_ptr()
+            self._attend.mask0, self._attend.mask1 = mask.stride()[:2]
+
+    def calls(self) -> ctypes.Array[lib.Call]:
+        """Return the row of calls; it points to what the step keeps."""
+        return self._calls
 
     def _apart(self, mask: Tensor | None, memory: Memory) -> None:
         """Run with a memory that takes keys and values its own way."""
@@ -197,15 +251,18 @@ class Step:
     def _look(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Say where the keys and values of all tokens are."""
         given, length = self._attend, keys.shape[2]
-        given.k, given.v, given.length = keys.data_ptr(), values.data_ptr(), length
+        self._point(keys, values)
+        given.length, given.mask = length, None
+        self._mask = spread(mask, self.rows, self.parts.heads, length)
+        if self._mask is not None:
+            given.mask = self._mask.data_ptr()
+            given.mask0, given.mask1 = self._mask.stride()[:2]
+
+    def _point(self, keys: Tensor, values: Tensor) -> None:
+        given = self._attend
+        given.k, given.v = keys.data_ptr(), values.data_ptr()
         given.k0, given.k1, given.k2, _ = keys.stride()
         given.v0, given.v1, given.v2, _ = values.stride()
-        given.mask, self._mask = None, None
-        if mask is not None:
-            mask = mask.expand(self.rows, self.parts.heads, 1, length)
-            self._mask = mask = mask if mask.stride(3) == 1 else mask.contiguous()
-            given.mask = mask.data_ptr()
-            given.mask0, given.mask1 = mask.stride()[:2]
 
     def _row(self, calls: Sequence[_Call]) -> ctypes.Array[lib.Call]:
         """Return calls as C takes them."""
@@ -218,12 +275,6 @@ class Step:
                 self._kept.append(more[0])
         return row
 
-    def _buffer(self, width: int) -> Tensor:
-        with torch.inference_mode(mode=False):  # those made within serve within only
-            made = torch.zeros(self.rows, width, dtype=self.dtype)
-        self._kept.append(made)
-        return made
-
     def _norm(self, norm: NativeNorm, x: Tensor, y: Tensor, heads: int) -> lib.NormInput:
         rows, columns = self.rows * heads, norm.weight.shape[0]
         reach = rows * columns * x.itemsize
@@ -232,9 +283,7 @@ class Step:
             *(norm.weight.data_ptr(), norm.eps, y.data_ptr()),
         )
 
-    def _products(
-        self, layers: Sequence[QuantLinear], x: Tensor, outs: Sequence[Tensor]
-    ) -> _Call:
+    def _products(self, layers: Sequence[QuantLinear], x: Tensor, outs: Sequence[Tensor]) -> _Call:
         """Return the call for products with one x."""
         count, size = len(layers), x.itemsize
         weights, products = (lib.Weight * count)(), (lib.Product * count)()
@@ -269,6 +318,20 @@ class Step:
         strides = parts.heads * parts.width, parts.width, *(0,) * 6
         ends = None, 0, 0, parts.scale, mixed.data_ptr()
         return lib.Attention(query.data_ptr(), None, None, number, *shape, *strides, *ends)
+
+
+def spread(mask: Tensor | None, rows: int, heads: int, length: int) -> Tensor | None:
+    """Return a mask [B or 1, H or 1, 1, T] as [B, H, 1, T] with its values side by side."""
+    if mask is None:
+        return None
+    mask = mask.expand(rows, heads, 1, length)
+    return mask if mask.stride(3) == 1 else mask.contiguous()
+
+
+def run_calls(calls: ctypes.Array[lib.Call]) -> None:
+    """Run a row of calls with torch's threads."""
+    given = lib.runtime(lib.best_isa()), ctypes.addressof(calls), len(calls)
+    lib.check(lib.library().ar_run(*given, torch.get_num_threads()))
 
 
 def _held(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:

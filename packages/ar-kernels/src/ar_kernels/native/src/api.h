@@ -121,8 +121,8 @@ AR_API int32_t ar_multiply_floats(const ar_runtime*, const ar_floats*, const ar_
 AR_API int32_t ar_norm(const ar_runtime*, const ar_norm_input*);
 // Softmax attention of one token; the width of a head is a multiple of 16, at most 512.
 AR_API int32_t ar_attend(const ar_runtime*, const ar_attention*);
-// Up to 32 calls, each after those before it. All are checked before the first is run. `threads`
-// is how many are expected.
+// A row of calls, each after those before it, checked some dozens at a time. `threads` is how many
+// are expected; any number will do.
 AR_API int32_t ar_run(const ar_runtime*, const ar_call*, int64_t count, int64_t threads);
 // Reads a buffer with every thread; what the memory gives.
 AR_API int32_t ar_read(const ar_runtime*, const uint8_t* buffer, int64_t bytes, float* out);

@@ -9,7 +9,7 @@ using namespace ar;
 
 namespace {
 
-constexpr int64_t kMostCalls = 32;
+constexpr int64_t kMostCalls = 64;  // planned together
 constexpr int64_t kMostThreads = 64;
 constexpr int64_t kPiece = 1 << 17;  // multiplications of packed weights that are taken at once
 
@@ -197,19 +197,17 @@ struct Plan {
 
 }  // namespace
 
-int32_t ar_run(const ar_runtime* rt, const ar_call* calls, int64_t count, int64_t threads) {
-  if (calls == nullptr || count < 1 || count > kMostCalls) return kBadRange;
-  const Kernels* k = kernels(rt->isa);
-  if (k == nullptr) return kBadIsa;
-  Scratch room;
-  Plan* plan = static_cast<Plan*>(room.get(sizeof(Plan)));
-  if (plan == nullptr) return kNoMemory;
+namespace {
+
+// Runs up to kMostCalls calls with a plan whose memory is given.
+int32_t run_some(const ar_runtime* rt, const Kernels& k, const ar_call* calls, int64_t count,
+                 int64_t threads, Plan* plan) {
   plan->parted = plan->shifted = 0;
   int64_t scratch = 0, work = 0;
   for (int64_t i = 0; i < count; ++i) {
     Call& call = plan->calls[i];
     call.scratch = call.units = 0;
-    if (const int32_t bad = open_call(*k, calls[i], &call)) return bad;
+    if (const int32_t bad = open_call(k, calls[i], &call)) return bad;
     call.scratch = ceil_div(call.scratch, 64) * 64;
     scratch += call.scratch;
     work += call.work;
@@ -224,10 +222,26 @@ int32_t ar_run(const ar_runtime* rt, const ar_call* calls, int64_t count, int64_
   Share* share = static_cast<Share*>(sharing.get(shares + 64));
   if (at == nullptr || share == nullptr) return kNoMemory;
   for (int64_t i = 0; i < count; at += plan->calls[i++].scratch)
-    give_memory(*k, at, plan->calls + i);
+    give_memory(k, at, plan->calls + i);
   Crew crew(plan->shifts, plan->shifted, workers, share);
   parallel(rt, workers, 1, [&](int64_t, int64_t) {
-    crew.work([&](int64_t s, int64_t b, int64_t e) { plan->work(*k, s, b, e); });
+    crew.work([&](int64_t s, int64_t b, int64_t e) { plan->work(k, s, b, e); });
   });
+  return kOk;
+}
+
+}  // namespace
+
+int32_t ar_run(const ar_runtime* rt, const ar_call* calls, int64_t count, int64_t threads) {
+  if (calls == nullptr || count < 0) return kBadRange;
+  const Kernels* k = kernels(rt->isa);
+  if (k == nullptr) return kBadIsa;
+  Scratch room;
+  Plan* plan = static_cast<Plan*>(room.get(sizeof(Plan)));
+  if (plan == nullptr) return kNoMemory;
+  for (int64_t i = 0; i < count; i += kMostCalls) {
+    const int64_t some = count - i < kMostCalls ? count - i : kMostCalls;
+    if (const int32_t bad = run_some(rt, *k, calls + i, some, threads, plan)) return bad;
+  }
   return kOk;
 }
