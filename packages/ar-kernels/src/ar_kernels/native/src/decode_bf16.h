@@ -75,7 +75,7 @@ AR_INLINE __m512bh weights(const uint8_t* block, const Tables& t) {
 constexpr int in_place_shift(int bits, int field) {
   if (is_spread(bits, field)) return 0;
   const int at = place(bits, field).shift;
-  return bits == 4 ? at : at / 6 * 6;
+  return bits >= 4 ? at : at / 6 * 6;
 }
 
 constexpr int in_place_bit(int bits, int field) {

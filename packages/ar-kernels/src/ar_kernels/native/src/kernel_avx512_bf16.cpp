@@ -4,7 +4,7 @@
 // into weights and the scale meets the float32 sum of its group. A row of fp16 or fp32 is two or
 // three rows of bf16 that add up to it exactly; they share the decoding.
 //
-// For a row or two of bf16, narrow integers are read in place: with the upper bits of 128.0 around
+// For a row or two of bf16, integers of up to 6 bits are read in place: with the upper bits of 128.0 around
 // it, a code at bit r of a lane is the number 128 + 2^r * code, one operation away. Inputs are
 // divided by 2^r beforehand, and what the 128 add is subtracted from the sum of each group.
 //
@@ -27,7 +27,7 @@ void multiply_bits(const Job& job, int64_t begin, int64_t end) {
     unrolled<1, kTile + 1>([&](auto r) {
       constexpr int ROWS = decltype(r)::value;
       if (rows != ROWS) return;
-      if constexpr (BITS <= 4 && ROWS <= kInPlaceRows)
+      if constexpr (BITS <= 6 && ROWS <= kInPlaceRows)
         if (job.bases) return few_rows_bf16<BITS, ROWS, true>(job, strip, t, sums);
       few_rows_bf16<BITS, ROWS, false>(job, strip, t, sums);
     });

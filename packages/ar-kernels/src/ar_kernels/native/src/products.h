@@ -59,7 +59,7 @@ inline Inputs inputs_of(const Kernels& k, const Job& job) {
   const Format& f = job.format;
   const int64_t virtual_rows = job.rows * job.pieces, tiles = ceil_div(virtual_rows, kTile);
   const bool needs_sums = f.zero || zero_bias(f, job.blob) != 0;
-  const bool in_place = f.kind == kInteger && f.bits <= 4 && f.groups && job.pieces == 1 &&
+  const bool in_place = f.kind == kInteger && f.bits <= 6 && f.groups && job.pieces == 1 &&
                         virtual_rows <= k.in_place_rows;
   const int64_t of_groups = tiles * kTile * f.groups * 4;
   return Inputs{ceil_div(tiles * kTile * f.blocks * kDepth * k.element, 64) * 64,
