@@ -126,6 +126,35 @@ def test_bench_tells_speed_memory_and_backends(rtn) -> None:
     assert "--against" in wrong.output
 
 
+def test_bench_sets_the_compiled_model_beside_the_plain_one(rtn) -> None:
+    load = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeat", 1)
+    compiled = ("bench", rtn, *load, "--compile", "--compile-backend", "eager")
+    found = json.loads(ar(*compiled, "--json").stdout)
+    assert sum(found["this"]["backends"].values()) == 28
+    assert found["compiled"]["whole_graphs"] is True
+    assert found["compiled"]["compile_seconds"] > 0
+    assert found["compiled"]["decode_tokens_per_second"] > 0
+    table = ar(*compiled).stdout
+    assert "time to compile" in table
+    assert "one graph each" in table
+
+
+def test_bench_refuses_to_compile_where_nothing_can_be(rtn, monkeypatch) -> None:
+    unknown = ar("bench", rtn, "--compile", "--compile-backend", "nonsense")
+    assert unknown.exit_code == 2
+    assert "nonsense" in unknown.output
+    both = ar("bench", rtn, "--compile", "--against", DEMO)
+    assert both.exit_code == 2
+    assert "--against" in both.output
+    # as inductor looks for a compiler
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    without = ar("bench", rtn, "--compile")
+    assert without.exit_code == 2
+    assert "C++ compiler" in without.output
+    assert "CXX" in without.output
+
+
 @pytest.mark.parametrize(
     "args",
     [("--seqlen", 1), ("--tokens", -5), ("--device", "nonsense")],

@@ -47,8 +47,21 @@ class Speed:
     step: float
 
 
-def measure(model: nn.Module, load: Load) -> Speed:
-    """Return the speed of a causal language model on random tokens, greedy, with its cache."""
+def measure(
+    model: nn.Module,
+    load: Load,
+    *,
+    forward: Callable[..., Any] | None = None,
+    cache: Callable[[], Any] = lambda: None,
+) -> Speed:
+    """Return the speed of a causal language model on random tokens, greedy, with its cache.
+
+    Args:
+        model: the model.
+        load: what a pass is given; with `repeat` 0 the first pass is the only one and counts.
+        forward: called instead of the model.
+        cache: returns an empty cache for a pass; None lets the model make its own.
+    """
     import torch
 
     device = next(model.parameters()).device
@@ -58,8 +71,8 @@ def measure(model: nn.Module, load: Load) -> Speed:
     reads, steps = [], []
     with torch.inference_mode():
         for passed in range(load.repeat + 1):
-            read, written = _pass(model, ids, load.new, _clock(device))
-            if passed:
+            read, written = _pass(forward or model, ids, load.new, _clock(device), cache())
+            if passed or not load.repeat:
                 reads.append(read)
                 steps += written
     step = median(steps)
@@ -78,11 +91,11 @@ def backends_of(model: nn.Module) -> dict[str, int]:
 
 
 def _pass(
-    model: Any, ids: Tensor, new: int, clock: Callable[[], float]
+    model: Any, ids: Tensor, new: int, clock: Callable[[], float], cache: Any
 ) -> tuple[float, list[float]]:
     """Return the seconds of the prompt, and of each new token."""
     began = clock()
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     last = out.logits[:, -1:].argmax(-1)
     read = clock() - began
     steps = []

@@ -103,8 +103,8 @@ def refusal(device: torch.device, *, backend: str = "inductor") -> str | None:
 
     A machine without a C++ compiler, say, is found out before work begins.
     """
-    probe = torch.compile(lambda x: (x * 2).sum(), backend=backend, fullgraph=True)
     try:
+        probe = torch.compile(lambda x: (x * 2).sum(), backend=backend, fullgraph=True)
         probe(torch.ones(4, device=device))
     except RuntimeError as error:
         return str(error).strip().partition("\n")[0]

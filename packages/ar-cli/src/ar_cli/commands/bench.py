@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ar_cli.output import duration, json_option, print_json, print_table, size
 from ar_cli.quiet import hush
 from ar_schemes import ArError
+
+if TYPE_CHECKING:
+    from ar_cli.speed import Speed
 
 _COUNT = click.IntRange(min=1)
 
@@ -30,6 +33,8 @@ _COUNT = click.IntRange(min=1)
 @click.option("--threads", type=_COUNT, help="Of the CPU; default: as torch chooses.")
 @click.option("--dtype", default="auto", show_default=True, help="Type to compute in.")
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--compile", "compiles", is_flag=True, help="Also under torch.compile, beside it.")
+@click.option("--compile-backend", default="inductor", show_default=True, help="Of torch.compile.")
 @json_option
 def bench(  # noqa: PLR0913
     directory: Path,
@@ -41,54 +46,81 @@ def bench(  # noqa: PLR0913
     threads: int | None,
     dtype: str,
     device: str,
+    compiles: bool,  # noqa: FBT001
+    compile_backend: str,
     as_json: bool,  # noqa: FBT001
 ) -> None:
     """Measure how fast the model in DIRECTORY reads a prompt and writes, on random tokens.
 
-    With --against the same is done with another checkpoint, in a process of its own.
+    With --against the same is done with another checkpoint, in a process of its own; with --compile
+    the same model is measured again under torch.compile, which takes a minute or more to prepare.
     """
     hush()
     import torch
 
     from ar_cli.opening import open_model
     from ar_cli.speed import Load, backends_of, measure
+    from ar_cli.speed_compiled import measure_compiled, refuse_compiling
     from ar_tuner.progress import peak_bytes
 
     if against is not None and not against.is_dir():
         msg = f"--against {str(against)!r} is no directory"
         raise ArError(msg)
+    if against is not None and compiles:
+        msg = "--against and --compile are two comparisons: use one of them"
+        raise ArError(msg)
     if threads is not None:
         torch.set_num_threads(threads)
+    if compiles:
+        refuse_compiling(device, backend=compile_backend)
     began = time.perf_counter()
     model = open_model(directory, dtype, device=device)
     loaded = time.perf_counter() - began
-    speed = measure(model, Load(prompt_tokens, new_tokens, batch, repeat))
+    load = Load(prompt_tokens, new_tokens, batch, repeat)
     found: dict[str, Any] = {
-        "prefill_tokens_per_second": speed.prefill,
-        "decode_tokens_per_second": speed.decode,
-        "milliseconds_per_token": speed.step * 1e3,
+        **_speeds(measure(model, load)),
         "load_seconds": loaded,
         "peak_bytes": peak_bytes(),
         "threads": torch.get_num_threads(),
         "backends": backends_of(model),
     }
-    other = None
+    others: dict[str, dict[str, Any]] = {}
+    if compiles:
+        made = measure_compiled(model, load, backend=compile_backend)
+        facts = {"compile_seconds": made.compile_seconds, "whole_graphs": made.whole}
+        others["compiled"] = {**_speeds(made.speed), **facts}
     if against is not None:
         del model
         options = ["--prompt-tokens", prompt_tokens, "--new-tokens", new_tokens, "--batch", batch]
         options += ["--repeat", repeat, "--threads", torch.get_num_threads(), "--dtype", dtype]
-        other = _elsewhere(against, [*options, "--device", device])
+        others["against"] = _elsewhere(against, [*options, "--device", device])
     if as_json:
-        print_json(found if other is None else {"this": found, "against": other})
+        print_json({"this": found, **others} if others else found)
         return
-    columns = ["measure", directory.name or str(directory)]
+    name = against.name or str(against) if against is not None else "compiled"
+    _print(directory.name or str(directory), found, name, next(iter(others.values()), None))
+
+
+def _speeds(speed: Speed) -> dict[str, float]:
+    return {
+        "prefill_tokens_per_second": speed.prefill,
+        "decode_tokens_per_second": speed.decode,
+        "milliseconds_per_token": speed.step * 1e3,
+    }
+
+
+def _print(name: str, found: dict[str, Any], beside: str, other: dict[str, Any] | None) -> None:
+    """Print a table of what was measured and, where there is one, of the other model beside it."""
+    columns = ["measure", name]
     rows: list[list[object]] = [[_LABELS[k], _shown(k, v)] for k, v in found.items()]
-    if against is not None and other is not None:
-        columns += [against.name or str(against), "ratio"]
+    if other is not None:
+        columns += [beside, "ratio"]
         for row, (key, value) in zip(rows, found.items(), strict=True):
-            there = other[key]
+            there = other.get(key)
             ratio = f"{value / there:.2f}" if key in _RATIOS and there else ""
-            row += [_shown(key, there), ratio]
+            row += ["" if there is None else _shown(key, there), ratio]
+        extra = [(k, v) for k, v in other.items() if k not in found]
+        rows += [[_LABELS[k], "", _shown(k, v), ""] for k, v in extra]
     print_table(columns, rows)
 
 
@@ -100,6 +132,8 @@ _LABELS = {
     "peak_bytes": "peak memory",
     "threads": "threads",
     "backends": "quantized layers by backend",
+    "compile_seconds": "time to compile",
+    "whole_graphs": "prompt and step are one graph each",
 }
 _RATIOS = (
     *("prefill_tokens_per_second", "decode_tokens_per_second", "milliseconds_per_token"),
@@ -108,12 +142,14 @@ _RATIOS = (
 
 
 def _shown(key: str, value: Any) -> str:
-    if key == "load_seconds":
+    if key in ("load_seconds", "compile_seconds"):
         return duration(value)
     if key == "peak_bytes":
         return size(value)
     if key == "backends":
         return ", ".join(f"{name} {count}" for name, count in value.items()) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
