@@ -62,10 +62,10 @@ rounding the activations' tensor scales to bfloat16 moves the logits as far (8e-
 place may do it. Which one does was not found. Static FP8 activations differ in
 bfloat16; with a model in float32 our logits equal those of compressed-tensors to the bit, so it is
 the type that they are quantized in (ours: float32). compressed-tensors divides by the scale in
-bfloat16, with the scale in bfloat16 too, before it rounds to FP8: 3% of the codes become others, and a
-layer is off the exact product by 6.7e-3, ours by 1.8e-3 (what rounding its output costs). Beside the
-same model in float32 our logits in bfloat16 have a KL of .0028, theirs .0032, so ours stay as they are.
-auto-round's were not tried in float32.
+bfloat16, with the scale in bfloat16 too, before it rounds to FP8: 3% of the codes become others,
+and a layer is off the exact product by 6.7e-3, ours by 1.8e-3 (what rounding its output costs).
+Beside the same model in float32 our logits in bfloat16 have a KL of .0028, theirs .0032, so ours
+stay as they are. auto-round's were not tried in float32.
 
 | checkpoint | made by | quantized layers | type | outcome |
 |---|---|---|---|---|
