@@ -17,6 +17,7 @@ from ar_schemes import ArError
 
 if TYPE_CHECKING:
     from ar_cli.speed import Speed
+    from ar_cli.speed_compiled import CompiledSpeed
 
 _COUNT = click.IntRange(min=1)
 
@@ -63,12 +64,9 @@ def bench(  # noqa: PLR0913
     from ar_cli.speed_compiled import measure_compiled, refuse_compiling
     from ar_tuner.progress import peak_bytes
 
-    if against is not None and not against.is_dir():
+    if against is not None and (compiles or not against.is_dir()):
         msg = f"--against {str(against)!r} is no directory"
-        raise ArError(msg)
-    if against is not None and compiles:
-        msg = "--against and --compile are two comparisons: use one of them"
-        raise ArError(msg)
+        raise ArError("--against and --compile: use one of them at a time" if compiles else msg)
     if threads is not None:
         torch.set_num_threads(threads)
     if compiles:
@@ -86,9 +84,7 @@ def bench(  # noqa: PLR0913
     }
     others: dict[str, dict[str, Any]] = {}
     if compiles:
-        made = measure_compiled(model, load, backend=compile_backend)
-        facts = {"compile_seconds": made.compile_seconds, "whole_graphs": made.whole}
-        others["compiled"] = {**_speeds(made.speed), **facts}
+        others["compiled"] = _facts(measure_compiled(model, load, backend=compile_backend))
     if against is not None:
         del model
         options = ["--prompt-tokens", prompt_tokens, "--new-tokens", new_tokens, "--batch", batch]
@@ -107,6 +103,11 @@ def _speeds(speed: Speed) -> dict[str, float]:
         "decode_tokens_per_second": speed.decode,
         "milliseconds_per_token": speed.step * 1e3,
     }
+
+
+def _facts(compiled: CompiledSpeed) -> dict[str, Any]:
+    facts = {"compile_seconds": compiled.compile_seconds, "whole_graphs": compiled.whole}
+    return {**_speeds(compiled.speed), **facts}
 
 
 def _print(name: str, found: dict[str, Any], beside: str, other: dict[str, Any] | None) -> None:
