@@ -41,6 +41,25 @@ def test_every_algorithm_takes_it_and_the_checkpoint_is_the_model(
         assert torch.equal(written(rows).logits, made(rows).logits)
 
 
+def test_a_bias_that_changed_with_its_rows_is_written(model, rows, sinks, tmp_path) -> None:
+    options = {"attention_bias": True}
+    made, written = model(**options), model(**options)
+    attention = made.model.layers[1].self_attn
+    attention.v_proj.bias.copy_(torch.linspace(-1, 1, 32))
+    attention.v_proj.weight[3] *= 50
+    attention.o_proj.weight[:, [3, 19]] /= 50
+    before = attention.v_proj.bias.clone()
+    AutoRound(made, dataset=rows, recipe="opt_rtn", **QUICK).quantize_and_save(
+        tmp_path / "out", format="memory"
+    )
+    sink, name = sinks[-1], "model.layers.1.self_attn.v_proj.bias"
+    assert not torch.equal(sink.tensors[name], before)
+    state = {**sink.tensors, **{f"{k}.weight": w.dequantize() for k, w in sink.weights.items()}}
+    written.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(written(rows).logits, made(rows).logits)
+
+
 def test_folding_without_it_changes_nothing_but_rounding(model, rows, uneven) -> None:
     """At 8 bits little is lost either way: a fold that did not cancel would show."""
     logits = []
