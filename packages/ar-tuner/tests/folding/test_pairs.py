@@ -66,6 +66,15 @@ def test_values_are_told_from_queries_and_keys_of_one_layer(model, rows, task_of
     assert torch.equal(attention.rows, torch.arange(128).view(4, 2, 16)[:, 1].flatten())
 
 
+def test_a_gate_behind_attention_is_no_hindrance_and_a_convolution_before_it_is(
+    model, rows, task_of
+) -> None:
+    made = model("qwen3_next")
+    assert "linear_attn.out_proj.weight" not in named(task_of(made, rows))
+    found = named(task_of(made, rows, index=1))
+    assert found | ATTENTION == found
+
+
 class Mlp(nn.Module):
     """An MLP of any shape, with biases."""
 
@@ -190,9 +199,9 @@ def test_layers_whose_activations_are_quantized_are_left_alone() -> None:
     assert not said
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt2", "deepseek_v3", "qwen3_next"])
 def test_a_block_gives_what_it_gave(model, rows, task_of, uneven, kind) -> None:
-    task = task_of(uneven(model(kind)), rows)
+    task = task_of(uneven(model(kind)), rows, index=int(kind == "qwen3_next"))
     out = Folding()
     generator = torch.Generator().manual_seed(4)
     for pair in pairs_of(task):
