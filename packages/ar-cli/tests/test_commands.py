@@ -294,6 +294,8 @@ def test_the_status_of_a_command_is_that_of_the_program(tmp_path) -> None:
             ["--fold", "--token-weights", "--block-steps", "60"],
             {"fold": True, "token_weights": True, "block_steps": 60},
         ),
+        (["--clip-activations"], {"clip_activations": True}),
+        (["--no-clip-activations"], {"clip_activations": False}),
     ],
 )
 def test_algorithm_and_stage_reach_the_job(monkeypatch, tmp_path, typed, given) -> None:
@@ -307,6 +309,7 @@ def test_algorithm_and_stage_reach_the_job(monkeypatch, tmp_path, typed, given) 
     monkeypatch.setattr("ar_tuner.AutoRound", Job)
     ar("quantize", "model", "-o", tmp_path / "out", *typed)
     names = ("algorithm", "distill", "stage", "fold", "token_weights", "block_steps")
+    names = (*names, "clip_activations")
     assert {k: v for k, v in seen.items() if k in names} == given
 
 

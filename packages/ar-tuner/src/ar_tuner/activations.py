@@ -14,6 +14,8 @@ import torch
 
 from ar_kernels.numerics.activation import static_scale
 from ar_kernels.numerics.halves import fake_quant_alike
+from ar_tuner.clipping import clipped
+from ar_tuner.fused import fused_groups
 from ar_tuner.watching import watching
 
 if TYPE_CHECKING:
@@ -62,9 +64,9 @@ def static_ranges(weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
 def collect_ranges(task: BlockTask) -> dict[str, Tensor]:
     """Return the range of the activations of each layer that has a static one, by layer name.
 
-    The largest magnitude over all calibration rows; members of a fused group share the largest.
-    An expert that saw no token gets the largest of its siblings, any other layer that saw nothing
-    the largest of the block.
+    The largest magnitude over all calibration rows, or a part of it (`is_searched`); members of a
+    fused group share it. An expert that saw no token gets the largest of its siblings, any other
+    layer that saw nothing the largest of the block.
     """
     static = [t for t in task.targets if is_static(t.scheme)]
     if not static or task.inputs is None:
@@ -82,7 +84,12 @@ def collect_ranges(task: BlockTask) -> dict[str, Tensor]:
             task.run({}, rows)
     if not peaks:
         return {}
-    peaks = _for_all(peaks, [t.ref.layer for t in static])
+    groups = fused_groups([t.ref.layer for t in static])
+    searched = [t for t in static if t.ref.layer in peaks and is_searched(task, t)]
+    if searched:
+        whole = _for_all(peaks, groups)
+        peaks = peaks | clipped(task, searched, whole, groups)
+    peaks = _for_all(peaks, groups)
     out = {}
     for t in static:
         assert t.scheme.activation is not None
@@ -90,12 +97,21 @@ def collect_ranges(task: BlockTask) -> dict[str, Tensor]:
     return out
 
 
-def _for_all(seen: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return the peak of every layer: its fused group's, its sibling experts', or the block's."""
-    from ar_tuner.fused import fused_groups
+def is_searched(task: BlockTask, target: Target) -> bool:
+    """Tell whether a static range is searched.
 
+    Unless settings say: of integers, which have coarse steps between zero and the largest value.
+    Small floats have fine steps there, and little to gain (docs/log.md).
+    """
+    assert target.scheme.activation is not None
+    asked = task.settings.clip_activations
+    return target.scheme.activation.data_type == "int" if asked is None else asked
+
+
+def _for_all(seen: Mapping[str, Tensor], groups: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    """Return the peak of every layer: its fused group's, its sibling experts', or the block's."""
     out: dict[str, Tensor] = {}
-    for group in fused_groups(layers):
+    for group in groups:
         siblings = {expert_kind(layer) for layer in group} - {None}
         found = [seen[layer] for layer in group if layer in seen]
         found = found or [p for layer, p in seen.items() if expert_kind(layer) in siblings]

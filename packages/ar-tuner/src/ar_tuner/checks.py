@@ -32,8 +32,8 @@ _SWITCHES = (
     *("enable_alg_ext", "enable_adam", "enable_deterministic_algorithms", "fold", "token_weights"),
     "quant_nontext_module",
 )
-_OPEN = ("disable_opt_rtn", "distill")
-"""Switches that may be left to the recipe."""
+_OPEN = ("disable_opt_rtn", "distill", "clip_activations")
+"""Switches that may be left open."""
 SCALES = "scales"
 """Of `distill`: codes stay."""
 _FURTHER: dict[str, tuple[str, ...]] = {"distill": (SCALES,)}

@@ -44,9 +44,12 @@ class Settings:
             its scales and norm gains alone, in little memory; None: as the recipe says (but not
             after an algorithm that was asked for), codes too where memory allows.
         stage: another stage than `distill`, by name.
-        fold: scale the input channels of layers and divide the norm before them by the same.
+        fold: scale the input channels of layers and divide what makes them (a norm, rows of the
+            layer before) by the same.
         token_weights: second order counts errors as the model's predictions depend on them.
         block_steps: steps that the codes and scales of a finished block take on its own error.
+        clip_activations: search static ranges of activations by the error of what is clipped and
+            rounded, instead of taking the largest magnitude; None: those of integers.
         iters, nsamples, seqlen, batch_size, lr, minmax_lr: override the recipe's.
         bits, group_size, sym: override the scheme's.
         scale_dtype: type that scales of integers are stored in; None: float16.
@@ -104,6 +107,7 @@ class Settings:
     fold: bool = False
     token_weights: bool = False
     block_steps: int = 0
+    clip_activations: bool | None = None
     bits: int | None = None
     group_size: int | None = None
     sym: bool | None = None
@@ -214,6 +218,7 @@ class Settings:
             minmax_tuning=self.enable_minmax_tuning,
             search_wide=recipe.disable_opt_rtn is False,
             block_steps=self.block_steps,
+            clip_activations=self.clip_activations,
         )
 
     @property

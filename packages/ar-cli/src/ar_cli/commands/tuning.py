@@ -29,7 +29,9 @@ _OPTIONS = (
     ),
     click.option("--stage", metavar="NAME", help="Refine the whole model by another stage."),
     click.option(
-        "--fold", is_flag=True, help="Scale channels of layers, and the norm before them back."
+        "--fold",
+        is_flag=True,
+        help="Scale channels of layers, and the norm or the rows before them back.",
     ),
     click.option(
         "--token-weights",
@@ -40,6 +42,12 @@ _OPTIONS = (
         "--block-steps",
         type=int,
         help="Steps that a finished block takes on its own error; default 0.",
+    ),
+    click.option(
+        "--clip-activations/--no-clip-activations",
+        default=None,
+        help="Search static ranges of activations, or take the largest magnitude; default: "
+        "search those of integers.",
     ),
     click.option("--iters", type=int, help="Tuning steps per block; 0 rounds to nearest."),
     click.option("--batch-size", type=int, help="Rows per step."),

@@ -49,6 +49,8 @@ class TuneSettings:
         minmax_tuning: tune the clip factors too.
         search_wide: rounding to nearest with searched scales searches 8-bit integers too.
         block_steps: steps that a finished block's codes and scales take on its own error.
+        clip_activations: static ranges of activations are searched, not the largest seen; None:
+            those of integers.
     """
 
     iters: int = 200
@@ -69,6 +71,7 @@ class TuneSettings:
     minmax_tuning: bool = True
     search_wide: bool = False
     block_steps: int = 0
+    clip_activations: bool | None = None
 
     def offset_step(self, bits: int) -> float:
         """Return the first step of the rounding offsets of a layer with codes of some width."""

@@ -32,11 +32,20 @@ class Fed:
 
 
 @dataclass
-class _Seen:
-    """The calls of one forward; tensors are kept, so equal addresses mean equal contents."""
+class Seen:
+    """The calls of one forward; tensors are kept, so equal addresses mean equal contents.
+
+    Attributes:
+        given: what modules without parts were given, in order.
+        made: what norms made, in order.
+    """
 
     given: list[tuple[nn.Module, Tensor]]
     made: list[tuple[nn.Module, Tensor]]
+
+    def normed(self, given: Tensor) -> bool:
+        """Tell whether a norm made what something was given."""
+        return any(_same(given, made) for _, made in self.made)
 
 
 def norms_of(task: BlockTask) -> list[Fed]:
@@ -49,7 +58,7 @@ def norms_of(task: BlockTask) -> list[Fed]:
     modules = {id(m): name for name, m in task.block.named_modules()}
     whole = [t for t in task.targets if t.ref.whole]  # experts are given tokens one by one
     targets = {id(task.block.get_submodule(t.ref.module)): t for t in whole}
-    seen = _watched(task)
+    seen = watched(task)
     out = []
     for module, tensor in seen.made:
         takers = [m for m, given in seen.given if _same(given, tensor)]
@@ -64,9 +73,10 @@ def norms_of(task: BlockTask) -> list[Fed]:
     return out
 
 
-def _watched(task: BlockTask) -> _Seen:
+def watched(task: BlockTask) -> Seen:
+    """Return the calls of a forward of a few rows."""
     assert task.inputs is not None
-    seen = _Seen([], [])
+    seen = Seen([], [])
 
     def given(module: nn.Module, args: tuple[object, ...]) -> None:
         seen.given.extend((module, a) for a in args if isinstance(a, Tensor))
@@ -79,14 +89,15 @@ def _watched(task: BlockTask) -> _Seen:
     handles += [m.register_forward_hook(made) for m in _leaves(task.block) if _is_norm(m)]
     try:
         with torch.no_grad():
-            task.run({}, _few(task))
+            task.run({}, few(task))
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
-def _few(task: BlockTask) -> Sequence[int]:
+def few(task: BlockTask) -> Sequence[int]:
+    """Return a row or few, for trials."""
     assert task.inputs is not None
     return task.inputs.chunks(1, task.settings.batch_size)[0]
 

@@ -30,31 +30,51 @@ _DEAD = 1e-3
 _DAMPING = 0.01
 
 
-def chosen(weights: Sequence[Tensor], specs: Sequence[TensorSpec], gram: Tensor) -> Tensor | None:
+def chosen(
+    weights: Sequence[Tensor],
+    specs: Sequence[TensorSpec],
+    gram: Tensor,
+    *,
+    alike: Tensor | None = None,
+) -> Tensor | None:
     """Return the factor of each channel [I] under which rounding loses least; None: none gains.
 
     Args:
         weights: of layers that share their input, float32 [O, I].
         specs: what each becomes.
         gram: mean of x x^T of the input, [I, I].
+        alike: a number for each channel, int64 [I]; those of the same number get one factor.
+            None: each has its own.
     """
     plain = least = rounding_error(weights, specs, gram, torch.ones_like(gram.diagonal()))
     best: Tensor | None = None
-    for factor in candidates(weights, gram.diagonal()):
+    for factor in candidates(weights, gram.diagonal(), alike=alike):
         error = rounding_error(weights, specs, gram, factor)
         if error < least:
             best, least = factor, error
     return best if least <= (1 - GAIN) * plain else None
 
 
-def candidates(weights: Sequence[Tensor], energy: Tensor) -> Iterator[Tensor]:
+def candidates(
+    weights: Sequence[Tensor], energy: Tensor, *, alike: Tensor | None = None
+) -> Iterator[Tensor]:
     """Yield factors [I] for inputs of a mean square `energy` [I]; their geometric mean is 1."""
-    given = _floored(energy.sqrt())
-    held = _floored(torch.cat(list(weights)).square().mean(0).sqrt())
+    given = _floored(_shared(energy, alike).sqrt())
+    held = _floored(_shared(torch.cat(list(weights)).square().mean(0), alike).sqrt())
     for base in (given, given / held):
         for power in POWERS:
             factor = base**power
             yield (factor / factor.log().mean().exp()).clamp(1 / REACH, REACH)
+
+
+def _shared(size: Tensor, alike: Tensor | None) -> Tensor:
+    """Return the mean over channels of the same number, for each channel."""
+    if alike is None:
+        return size
+    index = alike.to(size.device)
+    sums = size.new_zeros(int(index.max()) + 1, 2)
+    sums.index_add_(0, index, torch.stack([size, torch.ones_like(size)], -1))
+    return sums[index, 0] / sums[index, 1]
 
 
 def rounding_error(
