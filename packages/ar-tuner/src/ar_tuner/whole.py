@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ar_tuner.activations import quantized_activations, static_ranges
+from ar_tuner.short import ShortRows
 from ar_tuner.walk import without_cache
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def whole_model(
             elif quantized:
                 for block in job.blocks:
                     stack.enter_context(_activations(block, job, weights))
+            if not flat:  # blocks that are computed again are so outside of this context
+                stack.enter_context(ShortRows())
             names = {k: _made(v) for k, v in replaced.items()}
             output: Any = functional_call(
                 job.model, names if quantized else {**floats, **names}, (), inputs
