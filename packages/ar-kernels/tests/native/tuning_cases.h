@@ -105,12 +105,32 @@ void run_scores(int64_t isa, int dtype, int64_t turns, int64_t queries, int64_t 
   expect(good, "scores", isa, dtype, Shape{rows, keys, queries}, turns);
 }
 
+void run_norm_back(int64_t isa, int dtype, int64_t rows, int64_t columns, int64_t form) {
+  const ar_runtime runtime{nullptr, isa};
+  const auto x = some(rows * columns, dtype), weight = some(columns, dtype);
+  const auto grad = some(rows * columns, dtype);
+  auto to_x = exactly<uint8_t>(x.size());
+  auto to_weight = exactly<float>((rows + 63) / 64 * columns);
+  const ar_norm_grad given{x.data(), weight.data(), grad.data(), rows,        columns,
+                           dtype,    form,          1e-9,        to_x.data(), to_weight.data()};
+  bool good = ar_norm_back(&runtime, &given) == 0;
+  for (int64_t r = 0; r < rows; ++r) {  // the size of x plays no part, so nothing pulls along it
+    double along = 0;
+    for (int64_t k = 0; k < columns; ++k)
+      along += as_double(to_x, r * columns + k, dtype) * as_double(x, r * columns + k, dtype);
+    good &= fabs(along) < 0.02 * columns;
+  }
+  expect(good, "norm back", isa, dtype, Shape{rows, columns, 0}, form);
+}
+
 void run_tuning(int64_t isa) {
   for (const int dtype : {0, 2}) {
     for (const int64_t size : {1, 7, 16, 32, 48, 100}) run_groups(isa, dtype, 3, size);
     for (const int64_t size : {5, 16, 32, 80})
       for (const bool codes : {false, true}) run_latent(isa, dtype, 3, size, codes);
     for (const int64_t columns : {1, 15, 16, 33, 300}) run_logits(isa, dtype, 3, columns);
+    for (int64_t form = 0; form < 3; ++form)
+      for (const int64_t rows : {1, 64, 65}) run_norm_back(isa, dtype, rows, 48, form);
     for (const int64_t queries : {1, 3, 16, 37}) {
       run_scores(isa, dtype, 2, queries, queries);
       run_scores(isa, dtype, 2, queries, queries + 5);

@@ -9,7 +9,10 @@ import torch
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from ar_kernels.hf.decoding import rms_norms
+from ar_kernels.native import library
 from ar_tuner.activations import quantized_activations, static_ranges
+from ar_tuner.norms import fast_norms
 from ar_tuner.short import ShortRows
 from ar_tuner.walk import without_cache
 
@@ -44,6 +47,8 @@ def whole_model(
             be functions.
     """
 
+    norms = () if flat or library.missing() else rms_norms(job.model)
+
     def logits(
         replaced: Mapping[str, Parameter],
         rows: Tensor | Inputs,
@@ -59,8 +64,9 @@ def whole_model(
             elif quantized:
                 for block in job.blocks:
                     stack.enter_context(_activations(block, job, weights))
-            if not flat:  # blocks that are computed again are so outside of this context
+            if not flat:  # blocks that are computed again are so outside of these contexts
                 stack.enter_context(ShortRows())
+                stack.enter_context(fast_norms(norms))
             names = {k: _made(v) for k, v in replaced.items()}
             output: Any = functional_call(
                 job.model, names if quantized else {**floats, **names}, (), inputs

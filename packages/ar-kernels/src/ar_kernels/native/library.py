@@ -287,6 +287,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "ar_move": (runtime, pointer, pointer),
         "ar_diverge": (runtime, pointer),
         "ar_soften": (runtime, pointer),
+        "ar_norm_back": (runtime, pointer),
         "ar_runs": (number,),
         "ar_sizes": (pointer, pointer),
         "ar_pack": (runtime, pointer, pointer, number, pointer, number),

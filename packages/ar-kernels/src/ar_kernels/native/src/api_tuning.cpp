@@ -143,3 +143,19 @@ int32_t ar_soften(const ar_runtime* rt, const ar_scores* s) {
            [&](int64_t b, int64_t e) { t->soften(job, b, e); });
   return kOk;
 }
+
+int32_t ar_norm_back(const ar_runtime* rt, const ar_norm_grad* n) {
+  if (n == nullptr || !is_type(n->dtype) || n->rows < 0 || n->rows >= kMost ||
+      !in_range(n->columns) || n->columns % 16 || n->form < 0 || n->form > kNormPlain)
+    return kBadInput;
+  if (n->rows == 0) return kOk;
+  if (n->x == nullptr || n->weight == nullptr || n->grad == nullptr) return kBadInput;
+  if (n->to_x == nullptr || n->to_weight == nullptr) return kBadOutput;
+  const Tuning* t = tuning(rt->isa);
+  if (t == nullptr) return kBadIsa;
+  const NormBackJob job{n->x,          n->weight,    n->grad,           n->rows, n->columns,
+                        int(n->dtype), int(n->form), float(n->epsilon), n->to_x, n->to_weight};
+  parallel(rt, ceil_div(n->rows, kNormRows), ceil_div(kValuesAThread, kNormRows * n->columns),
+           [&](int64_t b, int64_t e) { t->norm_back(job, b, e); });
+  return kOk;
+}

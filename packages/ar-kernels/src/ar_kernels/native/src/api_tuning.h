@@ -65,6 +65,17 @@ typedef struct {
   float scale;
 } ar_scores;
 
+// The gradient of an RMS norm, all contiguous.
+typedef struct {
+  const void *x, *weight, *grad;  // [rows][columns], [columns], [rows][columns]
+  int64_t rows, columns;   // columns a multiple of 16
+  int64_t dtype;           // 0 fp32, 2 bf16; of all but to_weight
+  int64_t form;            // that of ar_norm_input
+  double epsilon;
+  void* to_x;              // [rows][columns]
+  float* to_weight;        // [parts of 64 rows][columns], to be added up
+} ar_norm_grad;
+
 // Groups rounded to elements; the scale is found here.
 AR_API int32_t ar_fake_quant(const ar_runtime*, const ar_groups*);
 // y = x * inside.
@@ -78,6 +89,7 @@ AR_API int32_t ar_move(const ar_runtime*, const ar_latent*, const ar_adam*);
 AR_API int32_t ar_diverge(const ar_runtime*, const ar_logits*);
 // Scores become softmax(scale * scores); or, with weights, their gradient that of the scores.
 AR_API int32_t ar_soften(const ar_runtime*, const ar_scores*);
+AR_API int32_t ar_norm_back(const ar_runtime*, const ar_norm_grad*);
 
 #ifdef __cplusplus
 }

@@ -77,6 +77,18 @@ struct ScoresJob {
   int dtype;
 };
 
+constexpr int64_t kNormRows = 64;  // of a part, whose gradients of the weight are summed
+
+// The gradient of an RMS norm; forms are those of kernels.h.
+struct NormBackJob {
+  const void *x, *weight, *grad;
+  int64_t rows, columns;
+  int dtype, form;
+  float epsilon;
+  void* to_x;
+  float* to_weight;  // [parts][columns]
+};
+
 struct Tuning {
   void (*fake_quant)(const GroupJob&, int64_t begin, int64_t end);  // groups
   void (*mask)(const MaskJob&, int64_t begin, int64_t end);         // values
@@ -84,7 +96,8 @@ struct Tuning {
   void (*move)(const MoveJob&, int64_t begin, int64_t end);         // groups
   // rows; `scratch` holds 2 * columns floats
   void (*diverge)(const DivergenceJob&, int64_t begin, int64_t end, float* scratch);
-  void (*soften)(const ScoresJob&, int64_t begin, int64_t end);  // rows
+  void (*soften)(const ScoresJob&, int64_t begin, int64_t end);     // rows
+  void (*norm_back)(const NormBackJob&, int64_t begin, int64_t end);  // parts
 };
 
 extern const Tuning kTuningPortable;

@@ -302,53 +302,15 @@ void diverge(const DivergenceJob& job, int64_t begin, int64_t end, float* scratc
   });
 }
 
-// Query i sees keys up to i, counted from the last of both.
-template <class TYPE>
-AR_INLINE void soften_row(const ScoresJob& job, typename TYPE::T* scores, int64_t seen) {
-  float e[kMostKeys];
-  const float most = largest<TYPE>(scores, seen) * job.scale;
-  for (int64_t k = 0; k < seen; ++k) e[k] = exponential(TYPE::get(scores[k]) * job.scale - most);
-  float lanes[kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= seen; k += kLanes)
-    for (int i = 0; i < kLanes; ++i) lanes[i] += e[k + i];
-  for (; k < seen; ++k) lanes[0] += e[k];
-  const float inverse = 1 / total(lanes);
-  for (k = 0; k < seen; ++k) scores[k] = TYPE::put(e[k] * inverse);
-  memset(scores + seen, 0, size_t(job.keys - seen) * sizeof(*scores));
-}
+}  // namespace
+}  // namespace ar
 
-// The gradient of the weights becomes that of the scores before they were scaled.
-template <class TYPE>
-AR_INLINE void harden_row(const ScoresJob& job, typename TYPE::T* grad,
-                          const typename TYPE::T* weights, int64_t seen) {
-  float lanes[kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= seen; k += kLanes)
-    for (int i = 0; i < kLanes; ++i)
-      lanes[i] += TYPE::get(grad[k + i]) * TYPE::get(weights[k + i]);
-  for (; k < seen; ++k) lanes[0] += TYPE::get(grad[k]) * TYPE::get(weights[k]);
-  const float mean = total(lanes);
-  for (k = 0; k < seen; ++k)
-    grad[k] = TYPE::put((TYPE::get(grad[k]) - mean) * TYPE::get(weights[k]) * job.scale);
-  memset(grad + seen, 0, size_t(job.keys - seen) * sizeof(*grad));
-}
+#include "tuning_rows.h"
 
-void soften(const ScoresJob& job, int64_t begin, int64_t end) {
-  with_values(job.dtype, [&](auto type) {
-    using TYPE = decltype(type);
-    using T = typename TYPE::T;
-    for (int64_t r = begin; r < end; ++r) {
-      T* scores = static_cast<T*>(job.scores) + r * job.keys;
-      const int64_t seen = r % job.queries + 1 + job.keys - job.queries;
-      if (job.weights == nullptr) soften_row<TYPE>(job, scores, seen);
-      else
-        harden_row<TYPE>(job, scores, static_cast<const T*>(job.weights) + r * job.keys, seen);
-    }
-  });
-}
+namespace ar {
+namespace {
 
-constexpr Tuning kLoops = {fake_quant, mask, make, move, diverge, soften};
+constexpr Tuning kLoops = {fake_quant, mask, make, move, diverge, soften, norm_back};
 
 }  // namespace
 }  // namespace ar
