@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def fast_norms(norms: Sequence[RmsNorm]) -> Iterator[None]:
     """Let norms compute in one pass as long as the context lasts, with the weights they then have.
 
-    Inputs that ar-kernels does not serve go through the module's own forward.
+    May be nested. Inputs that ar-kernels does not serve go through the module's own forward.
     """
     ours = [one for one in norms if "forward" not in one.module.__dict__]
     for one in ours:
