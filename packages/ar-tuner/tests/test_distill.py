@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ar_kernels import data_type, equal
+from ar_kernels.native import library, tuning
 from ar_kernels.numerics.columns import params_of
 from ar_schemes import scheme, schemes
 from ar_tuner.distill import divergence as module
@@ -102,6 +103,45 @@ def target(name: str, *, transposed: bool = False, **overrides) -> ModelTarget:
     ranged = {**weight.extra, "input_range": torch.tensor([-1.5, 2.0])}
     weight = dataclasses.replace(weight, extra=ranged)
     return ModelTarget("b.x", "b.x.weight", transposed, which, weight, original)
+
+
+def several_steps(name: str, dtype: torch.dtype, transposed: bool) -> list[torch.Tensor]:
+    """Return what a weight is made of, and becomes, over four steps."""
+    latent = latent_of(target(name, transposed=transposed))
+    made = torch.Generator().manual_seed(5)
+    like = torch.zeros(1, dtype=dtype)
+    out = [latent.stored(like)]
+    for step in range(4):
+        grad = torch.randn(out[0].shape, generator=made).to(dtype)
+        latent.step(grad, step, codes=0.05, scales=0.01)
+        out.append(latent.stored(like))
+    return [*out, *latent.state().values()]
+
+
+@pytest.mark.skipif(isinstance(library.load(), str), reason="the native library is not built")
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4", "W2A16", "W4A16", "W8A16", "W2A16G32"])
+def test_compiled_kernels_move_weights_as_torch_does(name, dtype, transposed, monkeypatch) -> None:
+    made = several_steps(name, dtype, transposed)
+    monkeypatch.setattr(tuning, "serves", lambda *_: False)
+    expected = several_steps(name, dtype, transposed)
+    assert torch.equal(made[0], expected[0])
+    assert not torch.equal(made[4], made[0])
+    for one, other in zip(made, expected, strict=True):
+        close = torch.isclose(one.float(), other.float(), rtol=1e-4, atol=1e-6)
+        assert close.float().mean() > 0.9995  # a code on a border may fall to either side
+
+
+@pytest.mark.skipif(isinstance(library.load(), str), reason="the native library is not built")
+def test_compiled_kernels_see_the_divergence_that_torch_sees(monkeypatch) -> None:
+    candidate, reference = logits(torch.bfloat16).requires_grad_(), logits(torch.bfloat16, seed=1)
+    found = divergence(candidate, reference)
+    monkeypatch.setattr(tuning, "serves", lambda *_: False)
+    expected = divergence(candidate, reference)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    pair = [torch.autograd.grad(x * 10, candidate)[0] for x in (found, expected)]  # ten tokens
+    torch.testing.assert_close(*pair, rtol=2**-7, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

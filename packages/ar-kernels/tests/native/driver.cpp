@@ -409,6 +409,8 @@ void run_steps(int64_t isa) {
 
 }  // namespace
 
+#include "tuning_cases.h"
+
 int main(int argc, char** argv) {
   const bool quick = argc > 1 && !strcmp(argv[1], "quick");
   for (int64_t isa = 0; isa < 4; ++isa) {
@@ -431,6 +433,7 @@ int main(int argc, char** argv) {
     expect(ar_read(&runtime, buffer.data(), buffer.size(), &sum) == 0 && sum == 0, "read", isa, 0,
            kShapes[0], 0);
     run_steps(isa);
+    run_tuning(isa);
     printf("%s: %d failures\n", ar_isa_name(isa), failures - before);
   }
   return failures != 0;

@@ -55,10 +55,10 @@ class Recipe:
             bits: the fewest that a weight has. Codes of two bits have much to gain: they get more
                 rows. Others get no more than what SignRound's steps would take in time.
             activations: they are quantized too. What that adds to gradients is averaged over more
-                rows; SignRound's own steps take twice as long then.
+                rows than a batch has; SignRound's own steps take twice as long then.
         """
         if activations:
-            return StageSettings(self.iters, max(1, self.batch_size * 7 // 8), seed)
+            return StageSettings(self.iters, max(1, self.batch_size * 5 // 4), seed)
         if bits <= COARSE:
             return StageSettings(self.iters, max(1, self.batch_size * 5 // 8), seed)
         return StageSettings(max(1, self.iters * 7 // 8), max(1, self.batch_size // 2), seed)

@@ -9,15 +9,20 @@ import torch
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from ar_kernels.hf.decoding import rms_norms
+from ar_kernels.native import library
 from ar_tuner.activations import quantized_activations, static_ranges
+from ar_tuner.norms import fast_norms
+from ar_tuner.short import ShortRows
 from ar_tuner.walk import without_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from ar_kernels import QuantizedWeight
+    from ar_kernels.hf.decoding import RmsNorm
     from ar_tuner.blocks import Block
     from ar_tuner.others import Inputs
     from ar_tuner.pipeline import Job
@@ -43,6 +48,8 @@ def whole_model(
             be functions.
     """
 
+    norms = [] if library.missing() else rms_norms(job.model)
+
     def logits(
         replaced: Mapping[str, Parameter],
         rows: Tensor | Inputs,
@@ -54,10 +61,11 @@ def whole_model(
             inputs = dict(job.as_given(rows))
         with contextlib.ExitStack() as stack:
             if quantized and flat:
-                replaced = stack.enter_context(_recomputed(job, weights, replaced))
+                replaced = stack.enter_context(_recomputed(job, weights, replaced, norms))
             elif quantized:
                 for block in job.blocks:
                     stack.enter_context(_activations(block, job, weights))
+            stack.enter_context(_faster(norms))
             names = {k: _made(v) for k, v in replaced.items()}
             output: Any = functional_call(
                 job.model, names if quantized else {**floats, **names}, (), inputs
@@ -82,8 +90,18 @@ def _activations(block: Block, job: Job, weights: Mapping[str, QuantizedWeight])
 
 
 @contextlib.contextmanager
+def _faster(norms: Sequence[RmsNorm]) -> Iterator[None]:
+    """Have attention of short rows and norms computed by ar-kernels; may be nested."""
+    with ShortRows(), fast_norms(norms):
+        yield
+
+
+@contextlib.contextmanager
 def _recomputed(
-    job: Job, weights: Mapping[str, QuantizedWeight], replaced: Mapping[str, Parameter]
+    job: Job,
+    weights: Mapping[str, QuantizedWeight],
+    replaced: Mapping[str, Parameter],
+    norms: Sequence[RmsNorm],
 ) -> Iterator[Mapping[str, Parameter]]:
     """Have blocks compute with what is replaced in them, again in the backward pass.
 
@@ -96,7 +114,7 @@ def _recomputed(
             inside = {
                 k.removeprefix(prefix): rest.pop(k) for k in list(rest) if k.startswith(prefix)
             }
-            stack.enter_context(_one_recomputed(block, job, weights, inside))
+            stack.enter_context(_one_recomputed(block, job, weights, inside, norms))
         yield rest
 
 
@@ -106,6 +124,7 @@ def _one_recomputed(
     job: Job,
     weights: Mapping[str, QuantizedWeight],
     replaced: Mapping[str, Parameter],
+    norms: Sequence[RmsNorm],
 ) -> Iterator[None]:
     module = block.module
     own, plain = "forward" in module.__dict__, module.forward
@@ -115,7 +134,8 @@ def _one_recomputed(
         nonlocal depth
         depth += 1
         try:
-            with _activations(block, job, weights):
+            # in the backward pass nothing around the model's call is left
+            with _faster(norms), _activations(block, job, weights):
                 made = {name: _made(value) for name, value in replaced.items()}
                 return functional_call(module, made, args, kwargs)
         finally:

@@ -13,6 +13,7 @@ import inspect
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,8 +91,30 @@ def _settle(model: nn.Module) -> None:
 
 
 def _norms(model: nn.Module) -> int:
-    """Replace RMS norms; modules of one class, width and epsilon are tried once."""
-    count = 0
+    """Replace RMS norms."""
+    found = rms_norms(model)
+    for one in found:
+        weight = one.module.get_parameter("weight")
+        model.set_submodule(one.name, NativeNorm(weight, one.epsilon, one.form))
+    return len(found)
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """A norm of a model: its name, the module, what it adds to the mean square, and its form."""
+
+    name: str
+    module: nn.Module
+    epsilon: float
+    form: int
+
+
+def rms_norms(model: nn.Module) -> list[RmsNorm]:
+    """Return the RMS norms of a model on the CPU that compute one of the forms of `steps.norm`.
+
+    Modules of one class, width and epsilon are tried once.
+    """
+    out = []
     forms: dict[tuple[object, ...], int | None] = {}
     for name, module in list(model.named_modules()):
         epsilon = _epsilon(module) if type(module).__name__.endswith("RMSNorm") else None
@@ -103,9 +126,8 @@ def _norms(model: nn.Module) -> int:
             forms[key] = norm_form(module, epsilon)
         form = forms[key]
         if form is not None:
-            model.set_submodule(name, NativeNorm(weight, epsilon, form))
-            count += 1
-    return count
+            out.append(RmsNorm(name, module, epsilon, form))
+    return out
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -115,7 +137,7 @@ def _epsilon(module: nn.Module) -> float | None:
     if len(found) != 1 or held.keys() != {"weight"}:
         return None
     weight = held["weight"]
-    if weight.dtype not in library.DTYPES or _is_watched(module):
+    if weight.dtype not in library.DTYPES or not weight.is_cpu or _is_watched(module):
         return None
     takes = inspect.signature(module.forward).parameters
     wide = weight.dim() == 1 and weight.shape[0] % steps.WIDTH == 0

@@ -26,18 +26,27 @@ SOURCES = HERE / "src"
 LIBRARY = HERE / "libar_native.so"
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_EXACT = ("-ffp-contract=off",)
+"""What tuning computes is compared to the bit with torch's separate operations."""
 UNITS: dict[str, tuple[str, ...]] = {
     "kernel_avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vbmi"),
     "kernel_avx512": _AVX512,
     "kernel_avx2": _AVX2,
     "kernel_portable": (),
+    "tuning_avx512": (*_AVX512, *_EXACT),
+    "tuning_avx2": (*_AVX2, *_EXACT),
+    "tuning_portable": _EXACT,
     "pack": (),
     "api": (),
     "api_steps": (),
     "api_run": (),
+    "api_tuning": (),
 }
 """Sources, longest to compile first, and the instructions each may use."""
-_X86_ONLY = ("kernel_avx512_bf16", "kernel_avx512", "kernel_avx2")
+_X86_ONLY = (
+    *("kernel_avx512_bf16", "kernel_avx512", "kernel_avx2"),
+    *("tuning_avx512", "tuning_avx2"),
+)
 FLAGS = (
     *("-std=c++17", "-O3", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden"),
     *("-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-fno-math-errno"),

@@ -17,7 +17,7 @@ from ar_kernels.weight import KernelError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ABI = 3
+ABI = 4
 PATH_ENV = "AR_NATIVE_LIBRARY"
 ISA_ENV = "AR_NATIVE_ISA"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -281,6 +281,13 @@ def _declare(library: ctypes.CDLL) -> None:
         ctypes.POINTER(s) for s in (Runtime, Weight, Product, Floats, NormInput, Attention)
     )
     arguments: dict[str, Sequence[Any]] = {
+        "ar_fake_quant": (runtime, pointer),
+        "ar_mask": (runtime, pointer, pointer, number, number, pointer),
+        "ar_make": (runtime, pointer),
+        "ar_move": (runtime, pointer, pointer),
+        "ar_diverge": (runtime, pointer),
+        "ar_soften": (runtime, pointer),
+        "ar_norm_back": (runtime, pointer),
         "ar_runs": (number,),
         "ar_sizes": (pointer, pointer),
         "ar_pack": (runtime, pointer, pointer, number, pointer, number),

@@ -1,24 +1,29 @@
-"""Activations of microscaling types, quantized in bfloat16: to the bit what float32 gives.
+"""Activations quantized in their own type: to the bit what float32 gives, rounded to that type.
 
-Scales are powers of two and elements have few digits, so nothing is lost in bfloat16; half as many
+The compiled kernels do it in one pass. Without them microscaling types are computed in bfloat16:
+scales are powers of two and elements have few digits, so nothing is lost in bfloat16; half as many
 bytes move, which is what the time goes into (two thirds of it, 2048 rows of 256 to 768 features).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ar_kernels.native import tuning
 from ar_kernels.numerics.activation import fake_quant_activation
 from ar_kernels.numerics.elements import E4M3, FloatElement
 from ar_kernels.numerics.grouping import grouped, ungrouped
 from ar_kernels.numerics.mx import Microscaling
+from ar_kernels.numerics.nvfp4 import NvFp4, global_scale
 from ar_kernels.registry import data_type
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ar_kernels.numerics.base import DataType
     from ar_schemes import TensorSpec
 
 _EXPONENT_BITS = 0x7F80
@@ -34,6 +39,10 @@ def fake_quant_alike(
     Arguments, gradients and errors are those of `fake_quant_activation`.
     """
     kind = data_type(spec.data_type)
+    rule = _rule(kind, spec, x, static)
+    if rule is not None:
+        quantized: Tensor = _Native.apply(x, rule)
+        return quantized
     if (
         x.dtype is torch.bfloat16
         and static is None
@@ -45,6 +54,55 @@ def fake_quant_alike(
             made: Tensor = _FakeQuant.apply(x, spec, kind, element)
             return made
     return fake_quant_activation(x, spec, static=static, zero=zero).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How the compiled kernels quantize activations; see `tuning.fake_quant`."""
+
+    size: int
+    rule: int
+    element: FloatElement
+    whole: float = 1.0
+
+
+def _rule(kind: DataType, spec: TensorSpec, x: Tensor, static: Tensor | None) -> _Rule | None:
+    """Return how the compiled kernels quantize such activations, or None where they cannot."""
+    if not isinstance(kind, (Microscaling, NvFp4)) or not x.numel() or not tuning.serves(x):
+        return None
+    element = kind.element(spec)
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    shape = spec.granularity.scale_shape(rows, columns)
+    if not isinstance(element, FloatElement) or shape[0] != rows:
+        return None
+    size = columns // shape[1]
+    if isinstance(kind, Microscaling):
+        if static is not None:
+            return None
+        up = kind.name == "mx_fp_rceil"
+        return _Rule(size, tuning.ABOVE if up else tuning.BELOW, element)
+    if static is None:
+        low, high = x.detach().aminmax()
+        static = global_scale(torch.maximum(-low, high))
+    return _Rule(size, tuning.OF_TENSOR, element, float(static))
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rule: _Rule) -> Tensor:
+        constants = list(tuning.constants(rule.element))
+        made, inside = torch.ops.ar_kernels.tune_fake_quant(
+            *(x, rule.size, rule.rule, rule.element.top_exponent, rule.whole, constants),
+            ctx.needs_input_grad[0],
+        )
+        ctx.save_for_backward(inside)
+        out: Tensor = made
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return torch.ops.ar_kernels.tune_mask(grad, inside), None
 
 
 class _FakeQuant(torch.autograd.Function):

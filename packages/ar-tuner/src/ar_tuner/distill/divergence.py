@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ar_kernels.native import tuning
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,28 +31,40 @@ class Divergence(torch.autograd.Function):
         """Return the divergence, float32 []; both logits [..., V], the reference constant."""
         vocabulary = candidate.shape[-1]
         mine, theirs = candidate.reshape(-1, vocabulary), reference.reshape(-1, vocabulary)
-        tokens = mine.shape[0]
-        grad = torch.empty_like(mine)
-        total = torch.zeros((), device=mine.device)
-        rows = max(1, (_CACHED if mine.device.type == "cpu" else _LARGE) // vocabulary)
-        for start in range(0, tokens, rows):
-            part = slice(start, start + rows)
-            x, y = mine[part].float(), theirs[part].float()
-            q, p = x.softmax(-1), y.softmax(-1)
-            # log p - log q, but for the sums: those of the rows, read off the largest probability
-            shift = (y.amax(-1) - p.amax(-1).log_()) - (x.amax(-1) - q.amax(-1).log_())
-            total += torch.dot(p.flatten(), (y - x).flatten()) - shift.sum()
-            grad[part] = q.sub_(p)
-        ctx.save_for_backward(grad)
         ctx.shape = candidate.shape
-        ctx.tokens = tokens
+        ctx.tokens = tokens = mine.shape[0]
+        if tuning.serves(mine, theirs) and mine.dtype == theirs.dtype:
+            total, grad = tuning.diverge(mine, theirs)
+        else:
+            total, grad = _by_parts(mine, theirs)
+        ctx.save_for_backward(grad)
         return total / tokens
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the candidate's logits."""
         (kept,) = ctx.saved_tensors
-        return (kept * (grad / ctx.tokens).to(kept.dtype)).reshape(ctx.shape), None
+        share = grad / ctx.tokens
+        if share.device.type != "cpu" or float(share) != 1.0:  # elsewhere asking would wait
+            kept = kept * share.to(kept.dtype)
+        return kept.reshape(ctx.shape), None
+
+
+def _by_parts(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `tuning.diverge` does, by torch."""
+    tokens, vocabulary = mine.shape
+    grad = torch.empty_like(mine)
+    total = torch.zeros((), device=mine.device)
+    rows = max(1, (_CACHED if mine.device.type == "cpu" else _LARGE) // vocabulary)
+    for start in range(0, tokens, rows):
+        part = slice(start, start + rows)
+        x, y = mine[part].float(), theirs[part].float()
+        q, p = x.softmax(-1), y.softmax(-1)
+        # log p - log q, but for the sums: those of the rows, read off the largest probability
+        shift = (y.amax(-1) - p.amax(-1).log_()) - (x.amax(-1) - q.amax(-1).log_())
+        total += torch.dot(p.flatten(), (y - x).flatten()) - shift.sum()
+        grad[part] = q.sub_(p)
+    return total, grad
 
 
 def divergence(candidate: Tensor, reference: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ar_kernels.native import tuning
 from ar_kernels.numerics.grouping import grouped, ungrouped
 from ar_kernels.numerics.rounding import floored, stored
 from ar_tuner.distill.latent import COARSE, MARGIN
 from ar_tuner.distill.moments import Moments
-from ar_tuner.distill.moving import StoredLeaf
+from ar_tuner.distill.moving import StoredLeaf, compiled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +77,8 @@ class IntegerLatent(StoredLeaf):
     def stored(self, like: Tensor) -> Tensor:
         """Return the weight as the model's parameter: rounded, its orientation and type."""
         spec = self.target.weight.spec
+        if compiled(self.value, self.target.weight.scale, like):
+            return self.target.view(tuning.make(self._latent(), like.dtype)).contiguous()
         codes = self._codes()
         made = _grouped(self.target, codes).sub_(self.zero).mul_(self._scale().unsqueeze(-1))
         made = ungrouped(made, self.target.weight.shape, spec.granularity)
@@ -98,6 +101,8 @@ class IntegerLatent(StoredLeaf):
             scales: step size of the factors.
         """
         weight = self.target.weight
+        if compiled(self.value, weight.scale, grad):
+            return self._step_compiled(grad, step, codes=codes, scales=scales)
         groups = _grouped(self.target, self.target.view(grad).float())
         if self.factor_moments is not None:
             assert self.factor is not None
@@ -110,6 +115,22 @@ class IntegerLatent(StoredLeaf):
             by_scale = groups * weight.scale.float().unsqueeze(-1)
             found = ungrouped(by_scale, weight.shape, weight.spec.granularity).mul_(inside)
             self.value_moments.move(self.value, found, step, codes)
+        return None
+
+    def _step_compiled(self, grad: Tensor, step: int, *, codes: float, scales: float) -> None:
+        if self.value_moments is None and self.factor_moments is None:
+            return
+        scale = self.target.weight.scale.float()
+        adam = None if self.value_moments is None else self.value_moments.adam(step, codes)
+        found, _, _ = tuning.move(self._latent(), self.target.view(grad), adam, scale)
+        if self.factor_moments is not None:
+            assert self.factor is not None
+            self.factor_moments.move(self.factor, found.mul_(scale), step, scales)
+
+    def _latent(self) -> tuning.Latent:
+        most = float(2**self.target.weight.spec.bits - 1)
+        zero = self.zero.squeeze(-1).contiguous()
+        return tuning.Latent(self.value, self._scale().contiguous(), None, zero, (most, 0.0, 0.0))
 
     def _codes(self) -> Tensor:
         return self.value.round().clamp_(0, 2**self.target.weight.spec.bits - 1)

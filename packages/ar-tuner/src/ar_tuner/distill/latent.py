@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_kernels import data_type
+from ar_kernels.native import tuning
 from ar_kernels.numerics.columns import params_of
+from ar_kernels.numerics.elements import FloatElement
+from ar_kernels.numerics.floats import FloatType
 from ar_kernels.numerics.grouping import expand
 from ar_tuner.distill.moments import Moments
-from ar_tuner.distill.moving import StoredLeaf
+from ar_tuner.distill.moving import StoredLeaf, compiled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +91,11 @@ class Latent(StoredLeaf):
     def stored(self, like: Tensor) -> Tensor:
         """Return the weight as the model's parameter: rounded, its orientation and type."""
         with torch.no_grad():
+            if self._compiled(like):
+                growth, params = self._growth()
+                return self.target.view(
+                    tuning.make(self._latent(growth, params), like.dtype)
+                ).contiguous()
             return self.target.view(self._rounded()).to(like.dtype).contiguous()
 
     def quantize(self) -> QuantizedWeight:
@@ -112,6 +120,9 @@ class Latent(StoredLeaf):
         leaves += [] if self.factor is None else [self.factor]
         if not leaves:
             return
+        if self._compiled(grad):
+            self._step_compiled(grad, step, codes=codes, scales=scales)
+            return
         for leaf in leaves:
             leaf.requires_grad_()
         with torch.enable_grad():
@@ -128,16 +139,66 @@ class Latent(StoredLeaf):
                 assert self.factor_moments is not None
                 self.factor_moments.move(leaf, found, step, scales)
 
-    def _pair(self) -> tuple[Tensor, Params]:
-        """Return latent weight and parameters; a factor moves both, so that codes stay."""
+    def _step_compiled(self, grad: Tensor, step: int, *, codes: float, scales: float) -> None:
+        adam = None
+        if self.value_moments is not None:
+            adam = self.value_moments.adam(step, codes, self.unit)
         if self.factor is None:
-            return self.value, self.params
+            growth, params = self._growth()
+            tuning.move(self._latent(growth, params), self.target.view(grad), adam)
+            return
+        assert self.factor_moments is not None
+        self.factor.requires_grad_()
+        with torch.enable_grad():
+            growth, params = self._growth()
+        assert growth is not None
+        latent = self._latent(growth.detach(), replace(params, scale=params.scale.detach()))
+        elements, steps, values = tuning.move(latent, self.target.view(grad), adam)
+        outputs, grads = (params.scale, growth), (elements.sub_(steps), values)
+        (found,) = torch.autograd.grad(outputs, self.factor, grads)
+        self.factor.requires_grad_(False)  # noqa: FBT003
+        self.factor_moments.move(self.factor, found, step, scales)
+
+    def _compiled(self, other: Tensor) -> bool:
+        """Tell whether the compiled kernels move this weight; `other`: its gradient, or like it."""
+        kind = data_type(self.target.weight.spec.data_type)
+        return (
+            isinstance(kind, FloatType)
+            and type(kind).fake_quant is FloatType.fake_quant
+            and isinstance(kind.element(self.target.weight.spec), FloatElement)
+            and "minimum" not in self.params.extra
+            and (self.unit is None or self.unit.is_contiguous())
+            and compiled(self.value, self.params.scale, other)
+        )
+
+    def _latent(self, growth: Tensor | None, params: Params) -> tuning.Latent:
+        spec = self.target.weight.spec
+        kind = data_type(spec.data_type)
+        assert isinstance(kind, FloatType)
+        element = kind.element(spec)
+        assert isinstance(element, FloatElement)
+        growth = None if growth is None else growth.contiguous()
+        scale = params.scale.contiguous()
+        return tuning.Latent(self.value, scale, growth, None, tuning.constants(element))
+
+    def _growth(self) -> tuple[Tensor | None, Params]:
+        """Return by what share groups of the value grow, if any, and the parameters."""
+        if self.factor is None:
+            return None, self.params
         spec = self.target.weight.spec
         params = data_type(spec.data_type).rescale(self.params, spec, self.factor)
         # by what the stored scale grew: a scale of 8 bits moves in leaps that codes must follow
         ratio = params.scale / torch.where(self.params.scale == 0, 1.0, self.params.scale)
+        return ratio - 1.0, params
+
+    def _pair(self) -> tuple[Tensor, Params]:
+        """Return latent weight and parameters; a factor moves both, so that codes stay."""
+        share, params = self._growth()
+        if share is None:
+            return self.value, params
+        spec = self.target.weight.spec
         shape = tuple(self.value.shape)
-        growth = expand(ratio - 1.0, shape, spec.granularity)
+        growth = expand(share, shape, spec.granularity)
         minimum = self.params.extra.get("minimum")  # where it is not 0 that stays in place
         if minimum is None:
             return self.value + self.value * growth, params

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ar_kernels.native import tuning
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,3 +43,9 @@ class Moments:
         root = self.second.div(1 - SECOND ** (step + 1)).sqrt_().add_(_TINY)
         move = (self.first / root).mul_(1 / (1 - FIRST ** (step + 1)))
         value.sub_(move.mul_(size))
+
+    def adam(self, step: int, size: float, unit: Tensor | None = None) -> tuning.Adam:
+        """Return what `move` does, for the compiled kernels; `unit` is what the size is times."""
+        first, second = 1 - FIRST ** (step + 1), 1 - SECOND ** (step + 1)
+        keep = FIRST, SECOND
+        return tuning.Adam(self.first, self.second, unit, size / first, keep, 1 / second, _TINY)

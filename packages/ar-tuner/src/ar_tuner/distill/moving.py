@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ar_kernels.native import tuning
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -46,3 +48,16 @@ class StoredLeaf(ABC):
             if moments is not None:
                 out |= {f"{name}.first": moments.first, f"{name}.second": moments.second}
         return out if self.factor is None else out | {"factor": self.factor}
+
+
+def compiled(value: Tensor, scale: Tensor, *others: Tensor) -> bool:
+    """Tell whether the compiled kernels move a weight: groups along rows, on the CPU.
+
+    Args:
+        value: of the latent, [O, I].
+        scale: one value per group.
+        others: what else takes part, such as the gradient or the parameter.
+    """
+    (rows, columns), (count, groups) = value.shape, scale.shape[-2:]
+    even = count == rows and columns % groups == 0 and columns // groups % tuning.LANES == 0
+    return even and value.is_contiguous() and tuning.serves(value, *others)

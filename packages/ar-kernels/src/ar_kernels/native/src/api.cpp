@@ -33,7 +33,7 @@ const Kernels* kernels(int64_t isa) { return isa == 0 ? &kPortable : nullptr; }
 
 namespace {
 
-constexpr int64_t kAbi = 3;
+constexpr int64_t kAbi = 4;
 
 void prepare(const ar_runtime* rt, const Kernels& k, const Inputs& inputs, uint8_t* memory,
              Job* job) {
