@@ -12,6 +12,7 @@ from ar_export.reader import open_checkpoint
 from ar_export.registry import format as find_format
 from ar_export.sink import ar_open_sink
 from ar_kernels import QuantizedWeight
+from ar_kernels.layouts.ragged import evened
 from ar_schemes import LayerInfo, LayerPlan, PlanRow, Scheme, describe
 
 if TYPE_CHECKING:
@@ -195,6 +196,7 @@ def _minimum(weight: QuantizedWeight) -> torch.Tensor:
 
 def _as_spec(weight: QuantizedWeight, spec: TensorSpec) -> QuantizedWeight:
     """Return a weight with its scale, and its minimum where the spec has one, in stored types."""
+    spec = evened(spec, *weight.shape[-2:])
     if weight.spec == spec:
         return weight
     dtype = getattr(torch, spec.scale_dtype)

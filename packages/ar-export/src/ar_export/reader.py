@@ -90,8 +90,7 @@ class Checkpoint:
             msg = f"{self.path}: no quantized layer {layer}"
             raise ExportError(msg)
         entry = self.quantized[layer]
-        spec = entry.scheme.weight
-        assert spec is not None
+        spec = entry.spec
         order = layout(entry.layout)
         tensors = {}
         try:
@@ -157,10 +156,8 @@ def read_parts(path: Path) -> Parts:
     return Parts(config, quantization, files, facts)
 
 
-def assemble(
-    path: Path, parts: Parts, kind: type[Checkpoint] | None = None, **more: Any
-) -> Checkpoint:
-    """Return the quantized checkpoint that the parts make, as a `Checkpoint` or a kind of it.
+def assemble(path: Path, parts: Parts) -> Checkpoint:
+    """Return the quantized checkpoint that the parts make.
 
     Raises:
         ExportError: a format that is not known here, or config and tensors contradict each other.
@@ -176,15 +173,8 @@ def assemble(
     except ExportError as error:
         msg = f"{path}: {error}"
         raise ExportError(msg) from error
-    return (kind or Checkpoint)(
-        path,
-        parts.config,
-        parts.quantization,
-        found.name,
-        parts.files,
-        parts.facts,
-        layers,
-        **more,
+    return Checkpoint(
+        path, parts.config, parts.quantization, found.name, parts.files, parts.facts, layers
     )
 
 
