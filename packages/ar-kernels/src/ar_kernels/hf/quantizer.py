@@ -37,6 +37,7 @@ from ar_kernels.hf.memory import Returning
 from ar_kernels.hf.sharing import leave_out_shared, put_shared
 from ar_kernels.hf.stacked import Stack, await_tensors, find_stacks, unstack
 from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
+from ar_kernels.hf.trials import places_of
 from ar_kernels.hf.understand import understand
 from ar_kernels.linear import QuantLinear
 from ar_kernels.registry import backend
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from ar_kernels.hf.load import Opening
+    from ar_kernels.hf.trials import Placed
 
 _log = logging.getLogger(__name__)
 
@@ -165,7 +167,7 @@ class ArQuantizer(HfQuantizer):
         facts = stored_facts(checkpoint_files)
         rename = _Renaming(model)
         files = {} if facts is None else stored_modules(facts)
-        experts, self._unfused = find_experts(files, rename.fusing)
+        experts, self._unfused = find_experts(files, rename.fusing, rename.trial)
         stored = by_model_name(files, rename)
         experts |= find_named(model, stored, experts)
         stacks = find_stacks(model, stored)
@@ -195,7 +197,7 @@ class ArQuantizer(HfQuantizer):
                 await_tensors(module, stacks[name])
                 self._stacks = (*self._stacks, (stacks[name], make))
             else:
-                take_apart(module, found, make, name)
+                take_apart(model, name, found, make)
             # some classes start the experts' parameters, which are gone, from the module around
             around = model.get_submodule(name.rpartition(".")[0])
             around._is_hf_initialized = True  # noqa: SLF001 - Transformers' own mark
@@ -354,6 +356,7 @@ class _Renaming:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
         self._prefix = model.base_model_prefix
+        self._model = model
         self._state: dict[str, torch.Tensor] = model.state_dict()
 
     def __call__(self, key: str) -> str:
@@ -377,6 +380,31 @@ class _Renaming:
             [type(operation).__name__ for operation in using.operations],
             _sources(using),
         )
+
+    def trial(self, keys: Sequence[str]) -> dict[str, Placed]:
+        """Return where keys that are fused come to lie, as far as trying tells."""
+        groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        for key in keys:
+            target, pattern = self._renamed(key, self._converters)
+            if pattern is not None:
+                using = next(c for c in self._converters if pattern in c.source_patterns)
+                groups.setdefault((target, using.source_patterns[0]), []).append((key, pattern))
+        out: dict[str, Placed] = {}
+        for (target, first), members in groups.items():
+            using = next(c for c in self._converters if first in c.source_patterns)
+            convert = functools.partial(self._convert, using, target, dict(members))
+            out |= places_of([key for key, _ in members], convert)
+        return out
+
+    def _convert(
+        self, using: Any, target: str, patterns: Mapping[str, str], tensors: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """Return what a conversion makes of tensors by name, by name in the model."""
+        fresh = copy.deepcopy(using)
+        for key, tensor in tensors.items():
+            fresh.add_tensor(target, key, patterns[key], tensor)
+        made = fresh.convert(target, model=self._model, config=self._model.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
 
     def _renamed(self, key: str, converters: list[Any]) -> tuple[str, str | None]:
         rest = (self._prefix, self._state)
