@@ -101,8 +101,9 @@ def untouched(
         found = request.blueprint()
         pieces = found.wiring.covered
         # of experts that are single in the files, too, `written` has the names
-        fused = [pieces[name].sources for name in apart]
-        gone = written | tied | {names[0] for names in fused if len(names) == 1}
+        fused = (pieces[name].sources for name in apart)
+        stacks = {key for names in fused if not written.intersection(names) for key in names}
+        gone = written | tied | stacks
         cut = _cut(request, prepared)
         gone |= {piece.sources[0] for piece in cut}
         yield from found.source.read(k for k in found.source.names if k not in gone)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ar_kernels.hf.trials import Placed
 
 _PART = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
+_BESIDE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
+_STACKED = 3
 _FUSING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 """Operations of transformers that we can leave out: stack the experts, set gate above up."""
 
@@ -176,6 +178,46 @@ def find_named(
         if found.packed:
             out[name] = found
     return out
+
+
+def find_apart(
+    model: nn.Module,
+    files: Mapping[str, StoredLayer],
+    rename: Callable[[str], str],
+    fusing: Callable[[str], Conversion | None],
+    known: Container[str],
+) -> dict[str, ExpertsInFiles]:
+    """Return experts packed one by one whose own files hold a stack for each part, by module.
+
+    Such a file has `moe.gate_proj.weight` for all experts (step3p7); single ones stand below
+    `experts` beside it, where no rule of Transformers' finds them.
+
+    Args:
+        model: the model, on the meta device.
+        files: what the files hold, by the module's name there.
+        rename: a key of the model for a key of the files.
+        fusing: what transformers would do with a key, None when it fuses nothing.
+        known: experts modules that are found already.
+    """
+    out: dict[str, ExpertsInFiles] = {}
+    parameters = dict(model.named_parameters())
+    for layer in files.values():
+        hit = _BESIDE.fullmatch(layer.name)
+        if hit is None:
+            continue
+        whole = f"{hit[1]}.{hit[3]}.weight"
+        found = fusing(whole)
+        target = rename(whole) if found is None else found.target
+        module, _, leaf = target.rpartition(".")
+        if target not in parameters or module in known or parameters[target].ndim != _STACKED:
+            continue
+        here = out.setdefault(module, ExpertsInFiles())
+        place, places = (0, 1) if found is None else (found.place, found.places)
+        here.parts[hit[3]] = Part(leaf, place, places)
+        here.stored[f"{module}.{hit[2]}.{hit[3]}"] = layer
+        home = rename(f"{layer.name}.weight").removesuffix(f".{hit[3]}.weight")
+        here.homes[int(hit[2])] = home
+    return {module: found for module, found in out.items() if found.packed}
 
 
 def _same(one: str, other: str) -> bool:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -26,7 +24,7 @@ from transformers.utils import quantization_config as stock
 from ar_kernels.backends.select import better_if_installed
 from ar_kernels.hf.decoding import speed_up
 from ar_kernels.hf.experts import (
-    Conversion,
+    find_apart,
     find_experts,
     find_named,
     part_shapes,
@@ -34,10 +32,10 @@ from ar_kernels.hf.experts import (
 )
 from ar_kernels.hf.load import layer_openings
 from ar_kernels.hf.memory import Returning
+from ar_kernels.hf.renaming import Renaming, sources_of
 from ar_kernels.hf.sharing import leave_out_shared, put_shared
 from ar_kernels.hf.stacked import Stack, await_tensors, find_stacks, unstack
 from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
-from ar_kernels.hf.trials import places_of
 from ar_kernels.hf.understand import understand
 from ar_kernels.linear import QuantLinear
 from ar_kernels.registry import backend
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from ar_kernels.hf.load import Opening
-    from ar_kernels.hf.trials import Placed
 
 _log = logging.getLogger(__name__)
 
@@ -165,11 +162,12 @@ class ArQuantizer(HfQuantizer):
         shapes = {name: _shape(module) for name, module in linears.items()}
         self._files = checkpoint_files or ()
         facts = stored_facts(checkpoint_files)
-        rename = _Renaming(model)
+        rename = Renaming(model)
         files = {} if facts is None else stored_modules(facts)
         experts, self._unfused = find_experts(files, rename.fusing, rename.trial)
         stored = by_model_name(files, rename)
         experts |= find_named(model, stored, experts)
+        experts |= find_apart(model, files, rename, rename.fusing, experts)
         stacks = find_stacks(model, stored)
         apart = experts | {name: stack.found for name, stack in stacks.items()}
         for name, found in apart.items():
@@ -205,7 +203,7 @@ class ArQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Leave out what would fuse experts that are packed one by one, for this model only."""
-        kept = [c for c in weight_conversions if _sources(c) not in self._unfused]
+        kept = [c for c in weight_conversions if sources_of(c) not in self._unfused]
         return super().update_weight_conversions(kept, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
@@ -342,71 +340,3 @@ def _part(
         return _layer(openings[name], shapes[name], dtype, bias=False)
     rows, columns = shapes[name]
     return nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
-
-
-def _sources(conversion: Any) -> tuple[str, ...]:
-    return tuple(conversion._original_source_patterns)  # noqa: SLF001 - identifies it
-
-
-class _Renaming:
-    """Keys of files to keys of a model, as transformers renames them while it loads."""
-
-    def __init__(self, model: Any) -> None:
-        transforms = get_model_conversion_mapping(model) or []
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
-        self._prefix = model.base_model_prefix
-        self._model = model
-        self._state: dict[str, torch.Tensor] = model.state_dict()
-
-    def __call__(self, key: str) -> str:
-        """Return the model's key for a key of the files."""
-        found, _ = self._renamed(key, self._converters)
-        if found not in self._state and key in self._state:
-            found = rename_source_key(key, [], [], self._prefix, self._state)[0]
-        return found
-
-    def fusing(self, key: str) -> Conversion | None:
-        """Return how transformers would fuse a key into a parameter of the model, or None."""
-        target, pattern = self._renamed(key, self._converters)
-        if pattern is None or target not in self._state:
-            return None
-        using = next(c for c in self._converters if pattern in c.source_patterns)
-        return Conversion(
-            self._renamed(key, [])[0],
-            target,
-            using.source_patterns.index(pattern),
-            len(using.source_patterns),
-            [type(operation).__name__ for operation in using.operations],
-            _sources(using),
-        )
-
-    def trial(self, keys: Sequence[str]) -> dict[str, Placed]:
-        """Return where keys that are fused come to lie, as far as trying tells."""
-        groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
-        for key in keys:
-            target, pattern = self._renamed(key, self._converters)
-            if pattern is not None:
-                using = next(c for c in self._converters if pattern in c.source_patterns)
-                groups.setdefault((target, using.source_patterns[0]), []).append((key, pattern))
-        out: dict[str, Placed] = {}
-        for (target, first), members in groups.items():
-            using = next(c for c in self._converters if first in c.source_patterns)
-            convert = functools.partial(self._convert, using, target, dict(members))
-            out |= places_of([key for key, _ in members], convert)
-        return out
-
-    def _convert(
-        self, using: Any, target: str, patterns: Mapping[str, str], tensors: Mapping[str, Any]
-    ) -> dict[str, torch.Tensor]:
-        """Return what a conversion makes of tensors by name, by name in the model."""
-        fresh = copy.deepcopy(using)
-        for key, tensor in tensors.items():
-            fresh.add_tensor(target, key, patterns[key], tensor)
-        made = fresh.convert(target, model=self._model, config=self._model.config)
-        return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
-
-    def _renamed(self, key: str, converters: list[Any]) -> tuple[str, str | None]:
-        rest = (self._prefix, self._state)
-        found, pattern = rename_source_key(key, self._renamings, converters, *rest)
-        return str(found), pattern

@@ -66,8 +66,9 @@ def places_of(
         parts = whole.shape[1] // _TINY[0]
         for expert, rows in enumerate(whole):
             for place, matrix in enumerate(rows.split(_TINY[0])):
-                source = order[int(matrix[0, 0]) // size]
-                if source in out or not torch.equal(matrix, tiny[source]):
+                number = int(matrix[0, 0]) // size
+                source = order[number] if number < len(order) else ""
+                if source in out or not torch.equal(matrix, tiny.get(source, whole)):
                     return {}
                 out[source] = Placed(target, expert, place, parts)
     return out if out.keys() == tiny.keys() else {}
