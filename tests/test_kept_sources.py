@@ -115,6 +115,17 @@ def test_kept_layers_are_the_sources_bytes_and_reload_to_equal_logits(family, tm
     torch.testing.assert_close(logits(reopened), logits(model), atol=1e-4, rtol=1e-4)
 
 
+def test_tiles_over_the_edge_of_a_source_are_read_verified_and_converted(tmp_path) -> None:
+    source = fp8_source("deepseek_v3", tmp_path / "fp8")
+    assert verify(source).ok
+    out = convert(source, tmp_path / "out", "llm_compressor")
+    found = open_checkpoint(out)
+    cut = [name for name, e in found.quantized.items() if e.rows % 128]
+    assert cut
+    assert all(as_stored(source, found, layer) for layer in cut)
+    assert compare_checkpoints(source, out).same
+
+
 def test_tuned_layers_are_what_they_are_without_keeping(tmp_path) -> None:
     source = fp8_source("qwen3", tmp_path / "fp8")
     options = {"recipe": "light", "iters": 2, "ignore_layers": _ATTENTION}

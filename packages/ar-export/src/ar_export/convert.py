@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -131,7 +131,8 @@ def _layer(name: str, shape: tuple[int, ...]) -> LayerInfo:
     parts = name.split(".")
     index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     block = None if index is None else ".".join(parts[: index + 1])
-    return LayerInfo(name, shape[0], shape[1], block)
+    role: Literal["experts", "linear"] = "experts" if ".experts." in name else "linear"
+    return LayerInfo(name, shape[0], shape[1], block, role=role)
 
 
 def _block_lists(plan: LayerPlan) -> tuple[str, ...]:
