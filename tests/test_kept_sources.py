@@ -38,10 +38,12 @@ _STORED = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa|_[ab])?\.weight$|lm_he
 _ATTENTION = "self_attn"
 
 
-def fp8_source(family: str, folder: Path, *, further: bool = False) -> Path:
+def fp8_source(
+    family: str, folder: Path, *, further: bool = False, dtype: torch.dtype = torch.float32
+) -> Path:
     """Write a small model whose projections and head are FP8 in tiles, some of them cut."""
     model = tiny_model(family, **COMMON, **SIZES[family], tie_word_embeddings=False)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     if further:
@@ -138,6 +140,26 @@ def test_tuned_layers_are_what_they_are_without_keeping(tmp_path) -> None:
             name = f"{layer}.{suffix}"
             assert torch.equal(plain.tensor(name), keeping.tensor(name)), name
     assert not fp8_layers(plain)
+
+
+def test_a_whole_block_is_kept_between_tuned_ones(tmp_path) -> None:
+    source = fp8_source("qwen3", tmp_path / "fp8")
+    options = {"recipe": "light", "iters": 2, "ignore_layers": "layers.1", "keep_source": True}
+    found = open_checkpoint(requantized(source, tmp_path / "out", **options))
+    blocks = {n.split(".")[2] for n in fp8_layers(found) if n != "lm_head"}
+    assert blocks == {"1"}
+    assert len(fp8_layers(found)) == 8
+    assert verify(found.path).ok
+
+
+def test_a_model_in_bfloat16_reloads_to_its_logits(tmp_path) -> None:
+    source = fp8_source("qwen3", tmp_path / "fp8", dtype=torch.bfloat16)
+    job = AutoRound(source, ignore_layers=_ATTENTION, keep_source=True, **RTN)
+    model, path = job.quantize_and_save(tmp_path / "out", "llm_compressor")
+    found = open_checkpoint(path)
+    assert all(as_stored(source, found, layer) for layer in fp8_layers(found))
+    report = verify(path, against=model)
+    assert report.ok, report.findings
 
 
 def test_the_config_has_a_group_for_what_is_kept(tmp_path) -> None:

@@ -58,12 +58,14 @@ def plan_in_files(plan: LayerPlan, wiring: Wiring, source: Source | None = None)
     rows: dict[str, PlanRow] = {}
     for row in plan.rows:
         block = blocks.get(row.layer.block or "")
-        for stored in stored_names(f"{row.layer.name}.weight"):
+        parts = stored_names(f"{row.layer.name}.weight")
+        for stored in parts:
             name = stored.removesuffix(".weight")
             layer = replace(row.layer, name=name, block=block)
             made = replace(row, layer=layer)
             if row.kept and source is not None:
-                shape, own = source.shape(stored), schemes.get(stored)
+                own = schemes.get(stored)
+                shape = source.shape(stored) if len(parts) > 1 else (layer.rows, layer.columns)
                 layer = replace(layer, rows=shape[0], columns=shape[1], stored=own)
                 made = replace(made, layer=layer, kept=own is not None)
             rows.setdefault(name, made)
