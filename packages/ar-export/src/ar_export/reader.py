@@ -161,8 +161,10 @@ def read_parts(path: Path) -> Parts:
     return Parts(config, quantization, files, facts)
 
 
-def assemble(path: Path, parts: Parts) -> Checkpoint:
-    """Return the quantized checkpoint that the parts make.
+def assemble(
+    path: Path, parts: Parts, kind: type[Checkpoint] | None = None, **more: Any
+) -> Checkpoint:
+    """Return the quantized checkpoint that the parts make, as a `Checkpoint` or a kind of it.
 
     Raises:
         ExportError: a format that is not known here, or config and tensors contradict each other.
@@ -178,8 +180,15 @@ def assemble(path: Path, parts: Parts) -> Checkpoint:
     except ExportError as error:
         msg = f"{path}: {error}"
         raise ExportError(msg) from error
-    return Checkpoint(
-        path, parts.config, parts.quantization, found.name, parts.files, parts.facts, layers
+    return (kind or Checkpoint)(
+        path,
+        parts.config,
+        parts.quantization,
+        found.name,
+        parts.files,
+        parts.facts,
+        layers,
+        **more,
     )
 
 
