@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ar_export import open_checkpoint, verify
 from ar_export.lint.skips import says_quantized
 from ar_tuner import AutoRound
-from ar_tuner.testing import tiny_model
+from ar_tuner.testing import in_tiles, tiny_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,18 +28,6 @@ RTN: dict[str, Any] = {
     "nsamples": 1,
     "seqlen": 16,
 }
-
-
-def in_tiles(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes [O, I] and a scale for each tile, the last of which may be cut."""
-    rows, columns = (math.ceil(n / TILE) for n in weight.shape)
-    scales, codes = torch.empty(rows, columns), torch.empty_like(weight)
-    for i in range(rows):
-        for j in range(columns):
-            place = (slice(i * TILE, (i + 1) * TILE), slice(j * TILE, (j + 1) * TILE))
-            scales[i, j] = weight[place].abs().max() / 448
-            codes[place] = weight[place] / scales[i, j]
-    return codes.to(torch.float8_e4m3fn), scales
 
 
 def as_fp8(family: str, folder: Path) -> tuple[Path, Path, list[str]]:

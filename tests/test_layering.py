@@ -32,7 +32,10 @@ AT_IMPORT = {
 LIGHT_EXCEPTIONS = {
     "ar_kernels/hf/quantizer.py": {"transformers"},  # by ar_kernels.hf.arm, after transformers
     # by ar_kernels.hf.quantizer
-    **{f"ar_kernels/hf/{name}.py": {"transformers"} for name in ("attention", "chain", "growing")},
+    **{
+        f"ar_kernels/hf/{name}.py": {"transformers"}
+        for name in ("attention", "chain", "growing", "renaming")
+    },
     # by the backend, when a layer is packed or compiled for it
     **{f"ar_kernels/triton/{name}.py": {"triton"} for name in ("aot", "kernels", "launch")},
 }

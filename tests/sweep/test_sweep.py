@@ -23,6 +23,7 @@ TROUBLE = {
     "fused experts": ("qwen3_moe", "mixtral", "glm4_moe"),
     "fused experts, turned": ("gpt_oss", "aria_text"),
     "fused experts, their own layout": ("llama4_text", "granitemoe", "jetmoe", "dbrx"),
+    "experts in files otherwise": ("ernie4_5_vl_moe", "longcat_flash", "step3p7"),
     "experts without gates, and state spaces": ("granitemoehybrid",),
     "latent attention": ("deepseek_v3", "deepseek_v4", "minicpm3"),
     "Conv1D": ("gpt2",),

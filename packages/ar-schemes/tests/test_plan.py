@@ -235,3 +235,46 @@ def test_settled_rules_mean_the_same_under_any_scheme() -> None:
     assert rules.scheme == scheme("MXFP4")
     with pytest.raises(SchemeError, match="layer_config 'q'"):
         settled(LayerRules(scheme("W4A16"), layer_config={"q": {"bit": 3}}), scheme("W4A16"))
+
+
+FP8 = scheme("FP8_BLOCK")
+
+
+def stored(**rules):
+    layers = (
+        layer("self_attn.q_proj", stored=FP8),
+        layer("mlp.gate_proj", stored=FP8),
+        LayerInfo("lm_head", 512, 256, None, role="lm_head", stored=FP8),
+        LayerInfo("visual.proj", 256, 256, None),
+    )
+    return make_plan(layers, LayerRules(scheme("W4A16"), **rules))
+
+
+def test_what_is_kept_is_a_float_to_the_tuner_and_quantized_in_the_files() -> None:
+    made = stored(ignore_layers=("self_attn",), keep_source=True)
+    assert [r.layer.name for r in made.kept] == [f"{BLOCK}.self_attn.q_proj", "lm_head"]
+    assert [r.layer.name for r in made.quantized] == [f"{BLOCK}.mlp.gate_proj"]
+    assert made.fallbacks == ()
+    row = made["lm_head"]
+    assert row.scheme.weight is None
+    assert made.as_written()["lm_head"].scheme == FP8
+    assert row.stored_bits == 512 * 256 * 8 + 32 * 4 * 2
+    assert made.as_written()["visual.proj"].scheme.weight is None
+
+
+def test_nothing_is_kept_unless_asked() -> None:
+    made = stored(ignore_layers=("self_attn",))
+    assert made.kept == ()
+    assert made["lm_head"].stored_bits == 512 * 256 * 16
+
+
+def test_the_word_source_keeps_the_layers_it_names() -> None:
+    made = stored(layer_config={"mlp": "Source", "visual": "source"})
+    assert [r.layer.name for r in made.kept] == [f"{BLOCK}.mlp.gate_proj"]
+    assert made["visual.proj"].written.weight is None
+
+
+def test_bits_of_tiles_over_the_edge_are_those_of_whole_tiles() -> None:
+    cut = layer("kv_a_proj", 576, 256, stored=FP8)
+    row = make_plan([cut], LayerRules(scheme("W4A16"), {"kv_a_proj": "source"})).rows[0]
+    assert row.bits_per_weight == pytest.approx(8 + 32 / 128**2)

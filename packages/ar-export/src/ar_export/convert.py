@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -12,6 +12,7 @@ from ar_export.reader import open_checkpoint
 from ar_export.registry import format as find_format
 from ar_export.sink import ar_open_sink
 from ar_kernels import QuantizedWeight
+from ar_kernels.layouts.ragged import evened
 from ar_schemes import LayerInfo, LayerPlan, PlanRow, Scheme, describe
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def _layer(name: str, shape: tuple[int, ...]) -> LayerInfo:
     parts = name.split(".")
     index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     block = None if index is None else ".".join(parts[: index + 1])
-    return LayerInfo(name, shape[0], shape[1], block)
+    role: Literal["experts", "linear"] = "experts" if ".experts." in name else "linear"
+    return LayerInfo(name, shape[0], shape[1], block, role=role)
 
 
 def _block_lists(plan: LayerPlan) -> tuple[str, ...]:
@@ -195,6 +197,7 @@ def _minimum(weight: QuantizedWeight) -> torch.Tensor:
 
 def _as_spec(weight: QuantizedWeight, spec: TensorSpec) -> QuantizedWeight:
     """Return a weight with its scale, and its minimum where the spec has one, in stored types."""
+    spec = evened(spec, *weight.shape[-2:])
     if weight.spec == spec:
         return weight
     dtype = getattr(torch, spec.scale_dtype)

@@ -14,6 +14,7 @@ from ar_export.formats.base import Container
 from ar_export.registry import formats
 from ar_export.writer import ELEMENT_TYPES
 from ar_kernels import KernelError, layout
+from ar_kernels.hf.mxfp4 import METHOD as MXFP4
 from ar_kernels.layouts.base import TensorFact, optional_of
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ class Checkpoint:
             msg = f"{self.path}: no quantized layer {layer}"
             raise ExportError(msg)
         entry = self.quantized[layer]
-        spec = entry.scheme.weight
-        assert spec is not None
+        spec = entry.spec
         order = layout(entry.layout)
         tensors = {}
         try:
@@ -127,6 +127,10 @@ def open_checkpoint(path: Path) -> Readable:
     parts = read_parts(path)
     if parts.quantization is None:
         return Checkpoint(path, parts.config, None, "float", parts.files, parts.facts, {})
+    if parts.quantization.get("quant_method") == MXFP4 and format_of(parts.quantization) is None:
+        from ar_export.stacked import open_stacked  # made of this module's parts
+
+        return open_stacked(path, parts)
     return assemble(path, parts)
 
 

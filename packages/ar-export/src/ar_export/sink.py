@@ -138,10 +138,26 @@ def check_plan(found: Format, request: Request) -> None:
     if bad:
         lines = [f"  {why}: {', '.join(names)}" for why, names in bad.items()]
         count = sum(len(names) for names in bad.values())
+        kept = {row.layer.name for row in request.plan.kept}
+        away = "keep them in 16 bit (--ignore-layers)"
+        if any(kept.intersection(names) for names in bad.values()):
+            away = "have them dequantized (no keep_source)"
         msg = (
             f"format {request.format} cannot carry {count} layers of this plan:\n"
             + "\n".join(lines)
-            + "\nChoose another scheme or format, or keep them in 16 bit (--ignore-layers)."
+            + f"\nChoose another scheme or format, or {away}."
+        )
+        raise ExportError(msg)
+
+
+def _refuse_kept(request: Request) -> None:
+    """Refuse to write floats where layers are to stay as the source stores them."""
+    kept = [row.layer.name for row in request.plan.kept]
+    if kept:
+        msg = (
+            f"format {request.format} writes floats, so {len(kept)} layers cannot stay as the "
+            f"source stores them: {', '.join(kept[:6])}. Choose another format, or leave out "
+            "keep_source."
         )
         raise ExportError(msg)
 
@@ -158,6 +174,8 @@ class SafetensorsSink:
         self._writer: ShardWriter | None = None
         self._dtype = config_dtype(request.config)
         self._config = found.config(request)
+        if self._config is None:
+            _refuse_kept(request)
         self._turned = {r.layer.name for r in request.plan.rows if r.layer.transposed}
         # floats are opened by Transformers, which knows single experts of some models only
         self._joiner = joiner_for(request.plan, request.config) if self._config is None else None

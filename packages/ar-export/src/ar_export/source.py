@@ -13,6 +13,7 @@ import torch
 from ar_export.errors import ExportError
 from ar_export.formats.dtypes import config_dtype, names_dtype
 from ar_export.reader import Checkpoint, assemble, read_parts
+from ar_schemes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ar_kernels import QuantizedWeight
     from ar_kernels.layouts.base import TensorFact
+    from ar_schemes import Scheme
 
+_KNOWN = (128, 128)
+"""Tiles whose cut ones have layouts of their own (`ar_kernels.layouts.ragged`)."""
 _SCALES = ("weight_scale_inv", "weight_scale")
 
 
@@ -51,8 +56,8 @@ def open_source(path: Path) -> DequantizedSource:
 class WholeTiles(Checkpoint):
     """A checkpoint whose matrices are filled up with zeros to whole tiles.
 
-    DeepSeek's FP8 files hold matrices of 576 rows in tiles of 128: the last tile is cut. What the
-    filling stands for is cut off again after dequantizing.
+    For tiles of another size than the layouts of cut tiles know (128 x 128). What the filling
+    stands for is cut off again after dequantizing.
 
     Attributes:
         cropped: shape in the file, by tensor name.
@@ -79,11 +84,12 @@ class DequantizedSource:
     """The tensors of a checkpoint, quantized layers dequantized, scales and the like left out.
 
     Every name and type is that of the float checkpoint. Dequantized weights are [O, I], in the
-    float type that the configuration names.
+    float type that the configuration names. What they are made of can be had, too.
     """
 
     def __init__(self, found: WholeTiles) -> None:
         self._found = found
+        self._cropped = found.cropped
         self._layers = {f"{layer}.weight": layer for layer in found.quantized}
         self._dense = tuple(name for name in found.names if _is_dense(name, found))
 
@@ -96,6 +102,20 @@ class DequantizedSource:
     def dequantized(self) -> frozenset[str]:
         """Names of the tensors that come from codes."""
         return frozenset(self._layers)
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Names of the tensors that come from codes, and how those are stored.
+
+        Those that were filled up are left out: as they are then, no file holds them.
+        """
+        own = {name: layer for name, layer in self._layers.items() if name not in self._cropped}
+        entries = ((name, self._found.quantized[layer]) for name, layer in own.items())
+        return {name: replace(e.scheme, name=describe(e.scheme)) for name, e in entries}
+
+    def weight(self, name: str) -> QuantizedWeight:
+        """Return the codes and scales of a tensor in `schemes`, as the files hold them."""
+        return self._found.weight(self._layers[name])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,7 +172,9 @@ def _cut_tiles(
     out: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for name, fact in facts.items():
         layer, _, suffix = name.rpartition(".")
-        if tile is None or suffix != "weight" or fact.dtype != torch.float8_e4m3fn:
+        if tile is None or tile == _KNOWN:
+            break
+        if suffix != "weight" or fact.dtype != torch.float8_e4m3fn:
             continue
         scales = (facts.get(f"{layer}.{s}") for s in _SCALES)
         scale = next((s for s in scales if s is not None), None)

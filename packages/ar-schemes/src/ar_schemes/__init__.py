@@ -5,7 +5,16 @@ Torch is never imported here: a scheme is data.
 
 from ar_schemes.errors import ArError, PluginError, SchemeError, unknown_name
 from ar_schemes.hookspecs import hookimpl
-from ar_schemes.plan import LayerInfo, LayerPlan, LayerRules, PlanRow, make_plan, matches, settled
+from ar_schemes.plan import (
+    SOURCE,
+    LayerInfo,
+    LayerPlan,
+    LayerRules,
+    PlanRow,
+    make_plan,
+    matches,
+    settled,
+)
 from ar_schemes.plugins import HOSTS, PluginHost, PluginRecord, Registry
 from ar_schemes.registry import host, scheme, schemes
 from ar_schemes.scheme import FIELDS, Scheme, describe, scheme_from_dict
@@ -17,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FIELDS",
     "HOSTS",
+    "SOURCE",
     "ArError",
     "Granularity",
     "LayerInfo",

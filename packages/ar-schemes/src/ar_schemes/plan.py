@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Role = Literal["linear", "experts", "router", "lm_head", "embedding"]
 FLOAT = Scheme(name="BF16")
+SOURCE = Scheme(name="source")
+"""The word of a rule for: written again as the checkpoint stores it, quantized or not."""
 ALIGNMENT = 32
 """Rows and columns that packed integer layouts and all their readers need a multiple of."""
 
@@ -36,6 +38,7 @@ class LayerInfo:
         tied: shares its weight with the embedding.
         keep: reason of the model adapter to leave it in high precision, or None.
         transposed: the model holds it as [I, O] (Conv1D of GPT-2).
+        stored: scheme in which the source checkpoint holds it, None: as floats.
     """
 
     name: str
@@ -47,6 +50,7 @@ class LayerInfo:
     tied: bool = False
     keep: str | None = None
     transposed: bool = False
+    stored: Scheme | None = None
 
     @property
     def weights(self) -> int:
@@ -61,24 +65,32 @@ class LayerRules:
     Attributes:
         scheme: default of every linear layer in a block.
         layer_config: layer name, part of one, or regular expression, to a scheme: a preset
-            name, a flat dict merged over the default, a number of bits, or a `Scheme`.
+            name, a flat dict merged over the default, a number of bits, a `Scheme`, or `source`:
+            as the checkpoint stores it.
         ignore_layers: names or parts of names (`mlp.gate`) that stay in 16 bit.
         quant_lm_head: quantize the output head too.
+        keep_source: layers that would stay in 16 bit stay as the checkpoint stores them.
     """
 
     scheme: Scheme
     layer_config: Mapping[str, str | int | Scheme | Mapping[str, Any]] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] = ()
     quant_lm_head: bool = False
+    keep_source: bool = False
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One layer of a plan: what it gets and the reason."""
+    """One layer of a plan: what it gets and the reason.
+
+    `kept`: it is not quantized anew (`scheme` is the float one), but written as `layer.stored`
+    says, with the codes and scales of the source.
+    """
 
     layer: LayerInfo
     scheme: Scheme
     reason: str
+    kept: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -86,10 +98,25 @@ class PlanRow:
         return self.scheme.weight is not None
 
     @property
+    def written(self) -> Scheme:
+        """The scheme that files will hold it in: the source's where it is kept."""
+        return self.layer.stored if self.kept and self.layer.stored is not None else self.scheme
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk of one weight, scales and zero points included."""
+        rows, columns = self.layer.rows, self.layer.columns
+        spec = self.written.weight
+        if self.kept and spec is not None:  # a file's last tiles may hang over the edge
+            height, width = spec.granularity.region(rows, columns)
+            whole = -(-rows // height) * height, -(-columns // width) * width
+            return self.written.bits_per_weight(*whole)
+        return self.written.bits_per_weight(rows, columns)
+
+    @property
     def stored_bits(self) -> float:
         """Bits on disk of the whole layer, scales and zero points included."""
-        per = self.scheme.bits_per_weight(self.layer.rows, self.layer.columns)
-        return per * self.layer.weights
+        return self.bits_per_weight * self.layer.weights
 
 
 @dataclass(frozen=True)
@@ -116,6 +143,16 @@ class LayerPlan:
         """The rows whose weight is quantized."""
         return tuple(r for r in self.rows if r.quantized)
 
+    @property
+    def kept(self) -> tuple[PlanRow, ...]:
+        """The rows that are written as the source stores them, quantized."""
+        return tuple(r for r in self.rows if r.kept)
+
+    def as_written(self) -> LayerPlan:
+        """Return the plan of the files: what is kept has the source's scheme there."""
+        rows = tuple(replace(r, scheme=r.written) for r in self.rows)
+        return LayerPlan(rows=rows, default=self.default)
+
     def of_block(self, block: str | None) -> tuple[PlanRow, ...]:
         """Return the rows of one block (None: outside the blocks)."""
         return tuple(r for r in self.rows if r.layer.block == block)
@@ -123,14 +160,15 @@ class LayerPlan:
     @property
     def bits_per_weight(self) -> float:
         """Average stored bits of the layers in blocks and the quantized ones outside."""
-        rows = [r for r in self.rows if r.layer.block is not None or r.quantized]
+        rows = [r for r in self.rows if r.layer.block is not None or r.quantized or r.kept]
         weights = sum(r.layer.weights for r in rows)
         return sum(r.stored_bits for r in rows) / weights if weights else 16.0
 
     @property
     def fallbacks(self) -> tuple[PlanRow, ...]:
         """Layers in blocks that stay in 16 bit."""
-        return tuple(r for r in self.rows if r.layer.block is not None and not r.quantized)
+        rows = (r for r in self.rows if not r.quantized and not r.kept)
+        return tuple(r for r in rows if r.layer.block is not None)
 
 
 def settled(rules: LayerRules, default: Scheme) -> LayerRules:
@@ -166,17 +204,24 @@ def make_plan(layers: Iterable[LayerInfo], rules: LayerRules) -> LayerPlan:
 def _row(layer: LayerInfo, rules: LayerRules, chosen: Mapping[str, Scheme]) -> PlanRow:
     wanted, reason = _wanted(layer, rules, chosen)
     if wanted.weight is None:
-        return PlanRow(layer, FLOAT, reason)
+        return _unquantized(layer, reason, keep=rules.keep_source or wanted.name == SOURCE.name)
     if layer.tied:
-        return PlanRow(layer, FLOAT, "shares its weight with the embedding: stays in 16 bit")
+        return _unquantized(layer, "shares its weight with the embedding: stays in 16 bit")
     integer = wanted.weight.data_type.startswith("int") and wanted.weight.super_group is None
     if integer and (layer.rows % ALIGNMENT or layer.columns % ALIGNMENT):
         why = (
             f"shape [{layer.rows}, {layer.columns}] is not a multiple of {ALIGNMENT}: "
             "no reader accepts it packed, stays in 16 bit"
         )
-        return PlanRow(layer, FLOAT, why)
+        return _unquantized(layer, why, keep=rules.keep_source)
     return PlanRow(layer, wanted, reason)
+
+
+def _unquantized(layer: LayerInfo, reason: str, *, keep: bool = False) -> PlanRow:
+    """Return the row of a layer that is not quantized anew, kept as stored where that is asked."""
+    if not keep or layer.stored is None:
+        return PlanRow(layer, FLOAT, reason)
+    return PlanRow(layer, FLOAT, f"{reason}; kept as the source stores it", kept=True)
 
 
 def _wanted(
@@ -212,6 +257,8 @@ def _last_match(patterns: Iterable[str], name: str) -> str | None:
 def _from_rule(pattern: str, rule: object, default: Scheme) -> Scheme:
     """Return the scheme of one entry of `layer_config`, with the entry named in any error."""
     try:
+        if isinstance(rule, str) and rule.lower() == SOURCE.name:
+            return SOURCE
         if isinstance(rule, (str, Scheme)):
             return find_scheme(rule)
         if isinstance(rule, int) and not isinstance(rule, bool):
@@ -223,8 +270,8 @@ def _from_rule(pattern: str, rule: object, default: Scheme) -> Scheme:
         msg = f"layer_config {pattern!r}: {error}"
         raise SchemeError(msg) from error
     msg = (
-        f"layer_config {pattern!r}: {rule!r} is no scheme; use a preset name, a number of bits, a "
-        'dict such as {"bits": 8}, or a Scheme'
+        f"layer_config {pattern!r}: {rule!r} is no scheme; use a preset name, a number of bits, "
+        f'{SOURCE.name!r} (as it is stored), a dict such as {{"bits": 8}}, or a Scheme'
     )
     raise SchemeError(msg)
 

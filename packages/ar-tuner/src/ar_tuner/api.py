@@ -329,6 +329,7 @@ class AutoRound:
             layer_config=self.settings.layer_config,
             ignore_layers=self.settings.ignored,
             quant_lm_head=self.settings.quant_lm_head,
+            keep_source=self.settings.keep_source,
         )
 
     def _resolved(

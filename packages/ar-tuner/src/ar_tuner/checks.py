@@ -30,7 +30,7 @@ _CHOICES = {
 _SWITCHES = (
     *("quant_lm_head", "enable_quanted_input", "enable_minmax_tuning", "not_use_best_mse"),
     *("enable_alg_ext", "enable_adam", "enable_deterministic_algorithms", "fold", "token_weights"),
-    "quant_nontext_module",
+    *("quant_nontext_module", "keep_source"),
 )
 _OPEN = ("disable_opt_rtn", "distill", "clip_activations")
 """Switches that may be left open."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ar_tuner.leftovers import source_names
+from ar_tuner.leftovers import kept, source_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,8 +29,11 @@ def weight_finder(
     }
     index_of = {b.name: i for i, b in enumerate(job.blocks)}
     refined = run.load_block(len(job.blocks))[0] if len(job.blocks) in run.finished else {}
+    stored = kept(request, prepared)
 
     def find(layer: str) -> QuantizedWeight:
+        if layer in stored:
+            return stored[layer]()
         layer = names.get(layer, layer)
         if layer in outside:
             return outside[layer]

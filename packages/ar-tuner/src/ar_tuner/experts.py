@@ -141,9 +141,10 @@ def _parts(
 ) -> list[WeightRef] | str:
     """Return the matrices in a fused parameter, or why they stay as they are."""
     if piece is not None and piece.convert is not None:
-        found = _by_conversion(inside, parameter, piece, full)
-        if found is not None:
-            return found
+        for stacked in (False, True):
+            found = _by_conversion(inside, parameter, piece, full, stacked=stacked)
+            if found is not None:
+                return found
         if len(piece.sources) > 1:
             return f"fused experts made of {len(piece.sources)} tensors in an unknown way"
     leaf = inside.rpartition(".")[2]
@@ -171,18 +172,18 @@ def _parts(
 
 
 def _by_conversion(
-    inside: str, parameter: Tensor, piece: Piece, full: str
+    inside: str, parameter: Tensor, piece: Piece, full: str, *, stacked: bool
 ) -> list[WeightRef] | None:
     """Return the parts by what the conversion makes of tiny tensors, or None if it cannot be told.
 
-    Every source has to be one matrix of one expert, and every place of the parameter filled.
+    Every source has to be one matrix of one expert (`stacked`: of all experts, one matrix each),
+    and every place of the parameter filled.
     """
     assert piece.convert is not None
-    size = _TINY[0] * _TINY[1]
-    tiny = {
-        source: torch.arange(i * size, (i + 1) * size).float().reshape(_TINY)
-        for i, source in enumerate(piece.sources)
-    }
+    size, many = _TINY[0] * _TINY[1], parameter.shape[0] if stacked else 1
+    numbered = torch.arange(len(piece.sources) * many * size).float().reshape(-1, *_TINY)
+    stacks = numbered.unflatten(0, (-1, many)) if stacked else numbered
+    tiny = dict(zip(piece.sources, stacks.unbind(), strict=True))
     made = None
     # whatever a conversion minds about tiny tensors, it is then not told by them
     with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError, AttributeError):
@@ -196,17 +197,21 @@ def _by_conversion(
     out = []
     origin, count = (tall // size).long(), tall.shape[1] // _TINY[0]
     rows = parameter.shape[2 if turned else 1]
-    for i, source in enumerate(piece.sources):
+    for i, matrix in enumerate(numbered):
+        source = piece.sources[i // many]
         where = (origin == i).all(-1).nonzero()  # (expert, row)
         if len(where) != _TINY[0] or not source.endswith(".weight"):
             continue  # of another target of the same conversion
         expert, first = where[0].tolist()
         apart = int(where[1][1]) - first != 1
-        if not torch.equal(tall[expert, where[:, 1]], tiny[source]):
+        if not torch.equal(tall[expert, where[:, 1]], matrix):
             return None
         index = first if apart else first // _TINY[0]
         place = rows_of(index, count, rows, apart=apart)
         layer = source.removesuffix(".weight")
+        if stacked:
+            prefix, _, kind = layer.rpartition(".")
+            layer = f"{prefix}.experts.{i % many}.{kind}"
         out.append(WeightRef(layer, inside, transposed=turned, expert=expert, rows=place))
     complete = len(out) == parameter.shape[0] * count
     return sorted(out, key=lambda ref: (ref.expert, ref.rows or ())) if complete else None

@@ -13,7 +13,15 @@ from ar_tuner.determinism import deterministic
 from ar_tuner.errors import TunerError
 from ar_tuner.exact import weight_finder
 from ar_tuner.folding.store import foldable, gains_of, keep_block, loader
-from ar_tuner.leftovers import install_outside, keep_choice, source_names, unreached, untouched
+from ar_tuner.leftovers import (
+    install_outside,
+    keep_choice,
+    kept,
+    source_names,
+    staying,
+    unreached,
+    untouched,
+)
 from ar_tuner.logits import tail_of
 from ar_tuner.others import fitted
 from ar_tuner.pipeline import Job, needs_inputs, quantize_blocks, wants_float_inputs
@@ -192,6 +200,9 @@ def _write(  # noqa: PLR0913
     for name, tensor in {**folded, **moved}.items():
         sink.put_tensor(names[name], tensor.cpu())
         written.add(names[name])
+    for layer, read in kept(request, prepared).items():
+        sink.put(layer, read())
+        written.add(f"{layer}.weight")
     for key, tensor in untouched(request, prepared, written):
         sink.put_tensor(key, tensor)
 
@@ -292,8 +303,8 @@ def _narrated(
     total = len(job.blocks)
     facts = request.settings.facts()
     emit(events.RunStarted(run_dir, total, len(job.plan.quantized), facts, resumed))
-    for row in job.plan.fallbacks:
-        emit(events.Note("info", f"{row.layer.name} stays in 16 bit: {row.reason}"))
+    for note in staying(job.plan, keep_source=request.settings.keep_source):
+        emit(note)
     eta = Eta(total)
     for outcome in quantize_blocks(_telling(job, emit)):
         if outcome.restored:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from ar_tuner.algorithms.base import Target
@@ -12,15 +14,18 @@ from ar_tuner.events import Note
 from ar_tuner.experts import as_in_files
 from ar_tuner.parts import WeightRef
 from ar_tuner.pipeline import Job, install
+from ar_tuner.renaming import plan_in_files
+from ar_tuner.source import stored_weight
 from ar_tuner.wiring import read
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import Tensor, nn
 
     from ar_kernels import QuantizedWeight
+    from ar_schemes import LayerPlan
     from ar_tuner.api import AutoRound, Prepared
     from ar_tuner.wiring import Piece
 
@@ -65,6 +70,27 @@ def source_names(request: AutoRound, prepared: Prepared) -> dict[str, str]:
     return found
 
 
+def staying(plan: LayerPlan, *, keep_source: bool) -> Iterator[Note]:
+    """Yield what to tell of the layers that are not quantized anew."""
+    for row in plan.fallbacks:
+        yield Note("info", f"{row.layer.name} stays in 16 bit: {row.reason}")
+    for name, count in Counter(row.written.name for row in plan.kept).items():
+        yield Note("info", f"{count} layers stay {name}, as the source stores them")
+    if keep_source and not plan.kept:
+        text = "keep_source: the source stores no layer quantized that is not quantized anew"
+        yield Note("warning", text)
+
+
+def kept(request: AutoRound, prepared: Prepared) -> dict[str, Callable[[], QuantizedWeight]]:
+    """Return what reads the layers that stay as the source stores them, by name in the files."""
+    if request.source is None or not prepared.plan.kept:
+        return {}
+    found = request.blueprint()
+    rows = plan_in_files(prepared.plan, found.wiring, found.source).kept
+    names = [row.layer.name for row in rows]
+    return {n: functools.partial(stored_weight, found.source, f"{n}.weight") for n in names}
+
+
 def untouched(
     request: AutoRound, prepared: Prepared, written: set[str]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -75,8 +101,9 @@ def untouched(
         found = request.blueprint()
         pieces = found.wiring.covered
         # of experts that are single in the files, too, `written` has the names
-        fused = [pieces[name].sources for name in apart]
-        gone = written | tied | {names[0] for names in fused if len(names) == 1}
+        fused = (pieces[name].sources for name in apart)
+        stacks = {key for names in fused if not written.intersection(names) for key in names}
+        gone = written | tied | stacks
         cut = _cut(request, prepared)
         gone |= {piece.sources[0] for piece in cut}
         yield from found.source.read(k for k in found.source.names if k not in gone)

@@ -47,13 +47,14 @@ def sink_request(
         config = json.loads(json.dumps(described.to_dict(), default=str))
         config["architectures"] = [type(request.given).__name__]
     model = request.blueprint().model if request.given is None else request.given
-    named = plan_in_files(plan, request.wiring(model))
+    source = None if request.source is None else request.blueprint().source
+    named = plan_in_files(plan, request.wiring(model), source)
     return SinkRequest(
         format=format,
         output=output,
         source=request.source,
         config=config,
-        plan=named,
+        plan=named.as_written(),
         blocks=_block_lists(named),
         facts=request.settings.facts(),
         max_shard_bytes=request.settings.shard_bytes,

@@ -54,8 +54,10 @@ class Settings:
         bits, group_size, sym: override the scheme's.
         scale_dtype: type that scales of integers are stored in; None: float16.
         layer_config: layer name, part of one or regular expression, to a scheme name, a flat
-            dict, or a number of bits.
+            dict, a number of bits, or `source` (see `keep_source`).
         ignore_layers: names or parts of names that stay in 16 bit (text: comma separated).
+        keep_source: layers that are not quantized are written as a quantized source stores them,
+            instead of as floats; `layer_config` says so of single layers with the word `source`.
         quant_lm_head: quantize the output head, tuned on the model's probabilities.
         quant_nontext_module: quantize the vision tower and the projector, too.
         calibration: `text`, `image` or `mixed`; None: mixed where the data holds images.
@@ -114,6 +116,7 @@ class Settings:
     scale_dtype: str | None = None
     layer_config: Mapping[str, Any] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] | str = ()
+    keep_source: bool = False
     quant_lm_head: bool = False
     quant_nontext_module: bool = False
     calibration: str | None = None

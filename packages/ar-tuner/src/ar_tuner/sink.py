@@ -26,7 +26,7 @@ class SinkRequest:
         output: directory the checkpoint will be; absent or empty.
         source: directory of the float checkpoint, None for a model in memory.
         config: the model's configuration, plain JSON values.
-        plan: what each layer gets.
+        plan: what each layer gets; those that are kept as the source stores them have its scheme.
         blocks: prefixes of the block lists, `model.layers`.
         facts: tuning settings, written for information.
         max_shard_bytes: size above which a further weight file is begun.

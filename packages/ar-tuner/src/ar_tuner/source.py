@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ar_kernels import QuantizedWeight
+    from ar_schemes import Scheme
+
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -48,6 +51,21 @@ class Source(Protocol):
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of some tensors one at a time, in the order of the files."""
+
+
+@runtime_checkable
+class KeepsCodes(Protocol):
+    """A source whose quantized layers can be had as they are stored, not as floats only."""
+
+    @property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """Name of each tensor that comes from codes (`....weight`) to the scheme it is stored in.
+
+        A tile of a scheme may hang over the edge of its matrix.
+        """
+
+    def weight(self, name: str) -> QuantizedWeight:
+        """Return the codes and scales of such a tensor, exactly those of the files."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,19 @@ class Turned:
         """Yield (name, tensor) of some tensors one at a time."""
         for name, tensor in self.source.read(names):
             yield name, tensor.t().contiguous() if name in self.turned else tensor
+
+
+def stored_schemes(source: Source | None) -> Mapping[str, Scheme]:
+    """Return the schemes that a source stores tensors in, by name; nothing where it cannot tell."""
+    own = source.source if isinstance(source, Turned) else source
+    return own.schemes if isinstance(own, KeepsCodes) else {}
+
+
+def stored_weight(source: Source, name: str) -> QuantizedWeight:
+    """Return a tensor that `stored_schemes` names, as it is stored: a matrix [O, I]."""
+    own = source.source if isinstance(source, Turned) else source
+    assert isinstance(own, KeepsCodes)
+    return own.weight(name)
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

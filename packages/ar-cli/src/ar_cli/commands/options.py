@@ -26,9 +26,14 @@ _PLAN_OPTIONS = (
     click.option(
         "--layer-config",
         metavar="JSON",
-        help='Layer or pattern to scheme or bits: \'{"lm_head": "W8A16"}\', or a file of it.',
+        help="Layer or pattern to scheme, bits or 'source': '{\"lm_head\": \"W8A16\"}', or a file.",
     ),
     click.option("--ignore-layers", metavar="NAMES", help="Keep these in 16 bit; comma separated."),
+    click.option(
+        "--keep-source",
+        is_flag=True,
+        help="Layers that are not quantized stay as a quantized source stores them, FP8 say.",
+    ),
     click.option("--quant-lm-head", is_flag=True, help="Quantize the output head too."),
     click.option(
         "--dataset",

@@ -71,8 +71,9 @@ def plan(  # noqa: PLR0913 - one parameter per group of options
         click.echo()
         print_front(job.chooser.choices[0])
     totals = _totals(made)
+    kept = f"{totals['kept']} kept as the source stores them, " if totals["kept"] else ""
     click.echo(
-        f"\n{totals['quantized']} of {len(made.rows)} layers quantized, "
+        f"\n{totals['quantized']} of {len(made.rows)} layers quantized, {kept}"
         f"{totals['bits_per_weight']:.3f} bits per quantized weight (scales included), "
         f"about {size(totals['bytes'])} in all."
     )
@@ -100,29 +101,27 @@ def _record(row: PlanRow) -> dict[str, Any]:
         "shape": [row.layer.rows, row.layer.columns],
         "copies": row.layer.copies,
         "role": row.layer.role,
-        "scheme": row.scheme.name,
-        "bits_per_weight": round(_bits(row), 4),
+        "scheme": row.written.name,
+        "kept": row.kept,
+        "bits_per_weight": round(row.bits_per_weight, 4),
         "reason": row.reason,
     }
 
 
 def _totals(made: LayerPlan) -> dict[str, Any]:
-    stored = sum(_bits(r) * r.layer.weights for r in made.rows if not r.layer.tied)
+    stored = sum(r.stored_bits for r in made.rows if not r.layer.tied)
     return {
         "quantized": len(made.quantized),
+        "kept": len(made.kept),
         "bits_per_weight": made.bits_per_weight,
         "bytes": int(stored / 8),
     }
 
 
-def _bits(row: PlanRow) -> float:
-    return row.scheme.bits_per_weight(row.layer.rows, row.layer.columns)
-
-
 def _cells(row: PlanRow) -> list[object]:
     copies = f" x{row.layer.copies}" if row.layer.copies > 1 else ""
     shape = f"{row.layer.rows} x {row.layer.columns}{copies}"
-    return [shape, row.scheme.name, round(_bits(row), 3), row.reason]
+    return [shape, row.written.name, round(row.bits_per_weight, 3), row.reason]
 
 
 def _joined(made: LayerPlan) -> list[list[object]]:

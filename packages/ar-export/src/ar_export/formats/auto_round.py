@@ -13,17 +13,18 @@ from ar_export.formats.auto_gptq import integer_layers
 from ar_export.formats.packed import (
     default_scheme,
     expert_lists,
+    packed,
+    refusal_of,
     require_quantized,
     skipped,
     suffixes_of,
 )
 from ar_export.formats.scales import with_scales_of
-from ar_kernels import layout
 from ar_kernels.hf.config import packed_layout
 from ar_schemes import Span, unknown_name
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -71,7 +72,7 @@ class AutoRoundFormat:
             return f"{_GPTQ} holds symmetric weights; use auto_round for asymmetric"
         elif packing not in _INTEGER:
             return f"{spelling} does not hold weight-only integers; use {_PLAIN}"
-        return layout(packed_layout(packing, scheme)).refuses(spec, rows, columns)
+        return refusal_of(packed_layout(packing, scheme), spec, rows, columns)
 
     def adjust(self, spelling: str, plan: LayerPlan, config: Mapping[str, Any]) -> LayerPlan:  # noqa: ARG002
         """Return the plan with FP8 scales per channel in the model's type, as readers hold them."""
@@ -88,8 +89,8 @@ class AutoRoundFormat:
             ExportError: no layer is quantized, or their schemes need different packings.
         """
         require_quantized(request)
-        quantized = [row.scheme for row in request.plan.quantized]
         default = default_scheme(request.plan)
+        quantized = [default, *(row.scheme for row in request.plan.quantized)]
         flat = default.to_dict()
         packing = _packing(request.format, quantized)
         _check_one_packing(request, packing)
@@ -108,7 +109,7 @@ class AutoRoundFormat:
             "autoround_version": _WRITTEN_FOR,
             "producer": "ar-export",
         }
-        extra = _extra(request.plan, flat)
+        extra = _extra(request.plan, flat, request.blocks)
         if extra:
             out["extra_config"] = extra
         return out
@@ -121,7 +122,8 @@ class AutoRoundFormat:
     ) -> dict[str, Tensor]:
         """Return the packed tensors of a layer by suffix, in the bit order the config names."""
         assert config is not None
-        return layout(packed_layout(config["packing_format"], weight.spec)).pack(weight)
+        order = packed_layout(config["packing_format"], weight.spec)
+        return packed(order, weight, config.get("weight_block_size"))
 
     def reads(self, config: Mapping[str, Any] | None) -> bool:
         """Tell whether a checkpoint with this `quantization_config` is of this format."""
@@ -178,9 +180,9 @@ def _check_one_packing(request: Request, packing: str) -> None:
     bad = []
     for row in request.plan.quantized:
         assert row.scheme.weight is not None
-        order = layout(packed_layout(packing, row.scheme))
+        order = packed_layout(packing, row.scheme)
         integer = row.scheme.weight.data_type == "int"
-        why = order.refuses(row.scheme.weight, row.layer.rows, row.layer.columns)
+        why = refusal_of(order, row.scheme.weight, row.layer.rows, row.layer.columns)
         if why is None and integer is not (packing in _INTEGER):
             if (packing, row.scheme.weight.data_type) == (_PLAIN, "mx_int"):
                 continue
@@ -188,17 +190,21 @@ def _check_one_packing(request: Request, packing: str) -> None:
         if why is not None:
             bad.append(f"{row.layer.name}: {why}")
     if bad:
-        msg = f"format {request.format} has one packing per checkpoint: " + "; ".join(bad)
+        what = "; ".join(bad)
+        msg = (
+            f"format {request.format} has one packing per checkpoint: {what}. "
+            "llm_compressor holds several."
+        )
         raise ExportError(msg)
 
 
-def _extra(plan: LayerPlan, flat: Mapping[str, Any]) -> dict[str, Any]:
+def _extra(plan: LayerPlan, flat: Mapping[str, Any], blocks: Sequence[str]) -> dict[str, Any]:
     """Return what differs from the default, layer by layer."""
     out: dict[str, Any] = {}
     for row in plan.rows:
-        inside = row.layer.block is not None
+        inside = any(row.layer.name.startswith(f"{block}.") for block in blocks)
         if not row.quantized:
-            if inside:
+            if row.layer.block is not None:
                 out[row.layer.name] = dict(_SKIPPED)
             continue
         mine = row.scheme.to_dict()

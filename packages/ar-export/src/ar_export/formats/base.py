@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ar_kernels.layouts.ragged import evened
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from ar_export.sink import SinkRequest
     from ar_kernels import QuantizedWeight
     from ar_kernels.layouts.base import TensorFact
-    from ar_schemes import LayerPlan, Scheme
+    from ar_schemes import LayerPlan, Scheme, TensorSpec
 
 
 class Request(Protocol):
@@ -52,12 +54,22 @@ class Request(Protocol):
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One quantized layer of a checkpoint: its scheme, shape [rows, columns] and bit order."""
+    """One quantized layer of a checkpoint: its scheme, shape [rows, columns] and bit order.
+
+    A tile of the scheme may hang over the edge of the weight; `spec` is that of the
+    `QuantizedWeight`, whose tiles are as large as divides both.
+    """
 
     scheme: Scheme
     rows: int
     columns: int
     layout: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The weight as it is unpacked."""
+        assert self.scheme.weight is not None
+        return evened(self.scheme.weight, self.rows, self.columns)
 
 
 @runtime_checkable

@@ -9,8 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ar_export.errors import ExportError
-from ar_export.formats.packed import config_errors, entry, require_quantized, skipped, suffixes_of
-from ar_kernels import layout
+from ar_export.formats.packed import (
+    config_errors,
+    entry,
+    packed,
+    refusal_of,
+    require_quantized,
+    skipped,
+    suffixes_of,
+)
 from ar_schemes import Granularity, Span, scheme_from_dict
 
 if TYPE_CHECKING:
@@ -39,7 +46,7 @@ class Fp8Format:
         """Return why a layer [rows, columns] cannot be carried, or None."""
         if scheme.weight is None:
             return None
-        why = layout(_LAYOUT).refuses(scheme.weight, rows, columns)
+        why = refusal_of(_LAYOUT, scheme.weight, rows, columns)
         if why is not None:
             return f"fp8 holds FP8_BLOCK only: {why}"
         act = scheme.activation
@@ -72,12 +79,13 @@ class Fp8Format:
 
     def tensors(
         self,
-        config: Mapping[str, Any] | None,  # noqa: ARG002
+        config: Mapping[str, Any] | None,
         weight: QuantizedWeight,
         dtype: torch.dtype,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         """Return the packed tensors of a layer by suffix."""
-        return layout(_LAYOUT).pack(weight)
+        assert config is not None
+        return packed(_LAYOUT, weight, config["weight_block_size"])
 
     def reads(self, config: Mapping[str, Any] | None) -> bool:
         """Tell whether a checkpoint with this `quantization_config` is of this format."""

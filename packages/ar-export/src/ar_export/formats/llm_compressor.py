@@ -8,9 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ar_export.errors import ExportError
-from ar_export.formats.packed import config_errors, entry, require_quantized, skipped, suffixes_of
+from ar_export.formats.packed import (
+    config_errors,
+    entry,
+    packed,
+    refusal_of,
+    require_quantized,
+    skipped,
+    suffixes_of,
+)
 from ar_export.formats.scales import with_scales_of
-from ar_kernels import layout
 from ar_kernels.hf.compressed import (
     E5M3,
     LAYOUTS,
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
     from ar_kernels.layouts.base import TensorFact
     from ar_schemes import LayerPlan, PlanRow, Scheme
 
+_TILE = "block_structure"
 _MIXED = "mixed-precision"
 _MARKS = (".weight_packed", ".weight_scale")
 
@@ -56,7 +64,7 @@ class LlmCompressorFormat:
         act = scheme.activation
         if act is not None and act.data_type == "mx_fp_rceil":
             return "compressed-tensors cannot say that activation scales are rounded up (rceil)"
-        return layout(LAYOUTS[form]).refuses(scheme.weight, rows, columns)
+        return refusal_of(LAYOUTS[form], scheme.weight, rows, columns)
 
     def adjust(self, spelling: str, plan: LayerPlan, config: Mapping[str, Any]) -> LayerPlan:  # noqa: ARG002
         """Return the plan with scales in the model's type: readers compute in that of the scale."""
@@ -105,11 +113,14 @@ class LlmCompressorFormat:
         """Return the packed tensors of a layer by suffix."""
         assert config is not None
         wanted = weight_args(weight.spec)
-        for group in config["config_groups"].values():
-            if group["weights"] == wanted:
-                return layout(LAYOUTS[group["format"]]).pack(weight)
-        msg = f"no config group has weights of {weight.spec}"
-        raise ExportError(msg)
+        groups = config["config_groups"].values()
+        exact = next((g for g in groups if g["weights"] == wanted), None)
+        near = _without(wanted, _TILE)  # whose tiles hang over the edge
+        found = exact or next((g for g in groups if _without(g["weights"], _TILE) == near), None)
+        if found is None:
+            msg = f"no config group has weights of {weight.spec}"
+            raise ExportError(msg)
+        return packed(LAYOUTS[found["format"]], weight, found["weights"].get(_TILE))
 
     def reads(self, config: Mapping[str, Any] | None) -> bool:
         """Tell whether a checkpoint with this `quantization_config` is of this format."""
@@ -135,6 +146,10 @@ class LlmCompressorFormat:
     def suffixes(self, entry: LayerEntry) -> Collection[str]:
         """Return the tensor suffixes of a quantized layer."""
         return suffixes_of(entry)
+
+
+def _without(args: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in args.items() if k != key}
 
 
 def _groups(plan: LayerPlan) -> list[tuple[list[PlanRow], str]]:

@@ -5,23 +5,30 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ar_export.errors import ExportError
 from ar_export.formats.base import LayerEntry
 from ar_export.formats.scales import as_stored
-from ar_kernels import KernelError, layout
+from ar_kernels import KernelError, layout, layouts
 from ar_kernels.layouts.base import optional_of
-from ar_schemes import SchemeError
+from ar_kernels.layouts.ragged import evened
+from ar_schemes import SchemeError, Span
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from torch import Tensor
 
     from ar_export.formats.base import Request
+    from ar_kernels import QuantizedWeight
     from ar_kernels.layouts.base import TensorFact
-    from ar_schemes import LayerPlan, Scheme
+    from ar_schemes import LayerPlan, Scheme, TensorSpec
 
 _WORD = 32
+RAGGED = "_ragged"
+"""End of the names of bit orders whose tiles may hang over the edge of a weight."""
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
 
@@ -116,13 +123,37 @@ def entry(name: str, scheme: Scheme, order: str, tensors: Mapping[str, TensorFac
     """
     for suffix in ("scales", "weight_scale", "weight_scale_inv"):
         scheme = as_stored(scheme, tensors.get(f"{name}.{suffix}"))
-    assert scheme.weight is not None
     rows, columns = shape_of(name, scheme, order, tensors)
-    why = layout(order).refuses(scheme.weight, rows, columns)
+    made = LayerEntry(scheme, rows, columns, order)
+    if made.spec != scheme.weight:
+        made = replace(made, layout=ragged(order))
+    why = layout(made.layout).refuses(made.spec, rows, columns)
     if why is not None:
         msg = f"layer {name}: the config does not fit its tensors: {why}"
         raise ExportError(msg)
-    return LayerEntry(scheme, rows, columns, order)
+    return made
+
+
+def ragged(order: str) -> str:
+    """Return the variant of a bit order for tiles that hang over the edge, itself without one."""
+    name = f"{order}{RAGGED}"
+    return name if name in layouts() else order
+
+
+def refusal_of(order: str, spec: TensorSpec, rows: int, columns: int) -> str | None:
+    """Return why a weight [rows, columns] cannot be packed, tiles over its edge allowed."""
+    even = evened(spec, rows, columns)
+    return layout(order if even == spec else ragged(order)).refuses(even, rows, columns)
+
+
+def packed(order: str, weight: QuantizedWeight, tile: Sequence[int] | None) -> dict[str, Tensor]:
+    """Return the tensors of a weight in a bit order, in tiles of the size that a config names.
+
+    The weight's own tiles are smaller where those of the config would hang over its edge.
+    """
+    where = weight.spec.granularity
+    cut = where.span is Span.TILE and tile is not None and where.size != tuple(tile)
+    return layout(ragged(order) if cut else order).pack(weight)
 
 
 def shape_of(
@@ -164,9 +195,8 @@ def shape_of(
 
 def suffixes_of(found: LayerEntry) -> Collection[str]:
     """Return the tensor suffixes that a quantized layer has or may have."""
-    assert found.scheme.weight is not None
     order = layout(found.layout)
-    needed = order.facts(found.scheme.weight, found.rows, found.columns)
+    needed = order.facts(found.spec, found.rows, found.columns)
     return (*needed, *optional_of(order))
 
 

@@ -7,26 +7,25 @@ is asked not to fuse those keys while this model is loaded.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ar_kernels.expert_ops import expert_linear
 from ar_kernels.hf.fused import JOINED, fused_parts
-from ar_kernels.linear import QuantLinear
+from ar_kernels.hf.packed_experts import DOWN, UP, knows, pack
 from ar_kernels.weight import KernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Mapping
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     from ar_kernels.hf.stored import StoredLayer
+    from ar_kernels.hf.trials import Placed
 
 _PART = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
+_BESIDE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
+_STACKED = 3
 _FUSING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 """Operations of transformers that we can leave out: stack the experts, set gate above up."""
 
@@ -46,15 +45,20 @@ class Part:
     places: int
 
 
-DOWN = "down_proj"
-
-
 @dataclass
 class ExpertsInFiles:
-    """One experts module: its parts by name, and what the files hold for each expert."""
+    """One experts module: its parts by name, and what the files hold for each expert.
+
+    Attributes:
+        parts: where each part of an expert is in the parameters, by the part's name.
+        stored: what the files hold, by module, number and part (`mlp.experts.3.gate_proj`).
+        homes: name that the model is to have for an expert, by its number, where the files count
+            or name experts otherwise than the model does.
+    """
 
     parts: dict[str, Part] = field(default_factory=dict)
     stored: dict[str, StoredLayer] = field(default_factory=dict)
+    homes: dict[int, str] = field(default_factory=dict)
 
     @property
     def packed(self) -> bool:
@@ -84,7 +88,9 @@ class Conversion:
 
 
 def find_experts(
-    stored: Mapping[str, StoredLayer], fusing: Callable[[str], Conversion | None]
+    stored: Mapping[str, StoredLayer],
+    fusing: Callable[[str], Conversion | None],
+    trial: Callable[[Sequence[str]], Mapping[str, Placed]],
 ) -> tuple[dict[str, ExpertsInFiles], set[tuple[str, ...]]]:
     """Return the experts modules to take apart, by name, and the conversions to leave out.
 
@@ -93,13 +99,14 @@ def find_experts(
     Args:
         stored: what the files hold, by the module's name in the files.
         fusing: what transformers would do with a key, None when it fuses nothing.
+        trial: where keys that are fused in another way than by stacking come to lie.
 
     Raises:
         KernelError: packed tensors belong to parameters that are fused in another way.
     """
     out: dict[str, ExpertsInFiles] = {}
     sources: dict[str, set[tuple[str, ...]]] = {}
-    odd = []
+    odd: dict[str, tuple[StoredLayer, Conversion]] = {}
     for layer in stored.values():
         found = fusing(f"{layer.name}.weight")
         if found is None:
@@ -107,21 +114,40 @@ def find_experts(
         module, _, parameter = found.target.rpartition(".")
         hit = _PART.fullmatch(found.name)
         if hit is None or not _same(hit[1], module) or found.operations not in _FUSING:
-            odd += [layer.name] if layer.packed else []
+            odd[f"{layer.name}.weight"] = layer, found
             continue
         here = out.setdefault(module, ExpertsInFiles())
         here.parts[hit[3]] = Part(parameter, found.place, found.places)
         here.stored[f"{module}.{hit[2]}.{hit[3]}"] = layer
         sources.setdefault(module, set()).add(found.sources)
-    if odd:
-        msg = (
-            f"{len(odd)} quantized layers ({', '.join(odd[:3])}, ...) are parts of parameters that "
-            "this model fuses in a way not known here. Dequantize the checkpoint or leave them in "
-            "16 bit"
-        )
-        raise KernelError(msg)
+    if any(layer.packed for layer, _ in odd.values()):
+        placed = trial(list(odd))
+        _check_placed(odd, placed)
+        for key, where in placed.items():
+            layer, found = odd[key]
+            hit = _PART.fullmatch(found.name)
+            module, _, parameter = where.target.rpartition(".")
+            if hit is not None:
+                here = out.setdefault(module, ExpertsInFiles())
+                here.parts[hit[3]] = Part(parameter, where.place, where.places)
+                here.stored[f"{module}.{where.expert}.{hit[3]}"] = layer
+                here.homes[where.expert] = f"{hit[1]}.{hit[2]}"
+                sources.setdefault(module, set()).add(found.sources)
     dropped = set().union(*(sources[m] for m, found in out.items() if found.packed), set())
     return {m: found for m, found in out.items() if sources[m] & dropped}, dropped
+
+
+def _check_placed(
+    odd: Mapping[str, tuple[StoredLayer, Conversion]], placed: Mapping[str, Placed]
+) -> None:
+    lost = [layer.name for key, (layer, _) in odd.items() if layer.packed and key not in placed]
+    if lost:
+        msg = (
+            f"{len(lost)} quantized layers ({', '.join(lost[:3])}, ...) are parts of parameters "
+            "that this model fuses in a way not known here. Dequantize the checkpoint or leave "
+            "them in 16 bit"
+        )
+        raise KernelError(msg)
 
 
 def find_named(
@@ -154,6 +180,46 @@ def find_named(
     return out
 
 
+def find_apart(
+    model: nn.Module,
+    files: Mapping[str, StoredLayer],
+    rename: Callable[[str], str],
+    fusing: Callable[[str], Conversion | None],
+    known: Container[str],
+) -> dict[str, ExpertsInFiles]:
+    """Return experts packed one by one whose own files hold a stack for each part, by module.
+
+    Such a file has `moe.gate_proj.weight` for all experts (step3p7); single ones stand below
+    `experts` beside it, where no rule of Transformers' finds them.
+
+    Args:
+        model: the model, on the meta device.
+        files: what the files hold, by the module's name there.
+        rename: a key of the model for a key of the files.
+        fusing: what transformers would do with a key, None when it fuses nothing.
+        known: experts modules that are found already.
+    """
+    out: dict[str, ExpertsInFiles] = {}
+    parameters = dict(model.named_parameters())
+    for layer in files.values():
+        hit = _BESIDE.fullmatch(layer.name)
+        if hit is None:
+            continue
+        whole = f"{hit[1]}.{hit[3]}.weight"
+        found = fusing(whole)
+        target = rename(whole) if found is None else found.target
+        module, _, leaf = target.rpartition(".")
+        if target not in parameters or module in known or parameters[target].ndim != _STACKED:
+            continue
+        here = out.setdefault(module, ExpertsInFiles())
+        place, places = (0, 1) if found is None else (found.place, found.places)
+        here.parts[hit[3]] = Part(leaf, place, places)
+        here.stored[f"{module}.{hit[2]}.{hit[3]}"] = layer
+        home = rename(f"{layer.name}.weight").removesuffix(f".{hit[3]}.weight")
+        here.homes[int(hit[2])] = home
+    return {module: found for module, found in out.items() if found.packed}
+
+
 def _same(one: str, other: str) -> bool:
     """Tell whether two names mean the same module, one perhaps without the body's prefix."""
     return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
@@ -169,12 +235,15 @@ def part_shapes(module: nn.Module, found: ExpertsInFiles, name: str) -> dict[str
     turned = not isinstance(kinds, str) and any(part.transposed for part in kinds.values())
     transposed = bool(getattr(module, "is_transposed", turned))
     shapes = {}
+    computed = len(getattr(module, DOWN, ()))  # those beyond compute nothing (longcat)
     for leaf, part in found.parts.items():
         count, rows, columns = getattr(module, part.parameter).shape
         if transposed:
             rows, columns = columns, rows
         for number in range(count):
-            shapes[f"{name}.{number}.{leaf}"] = (rows // part.places, columns)
+            key = f"{name}.{number}.{leaf}"
+            if number < computed or key in found.stored:
+                shapes[key] = (rows // part.places, columns)
     lost = shapes.keys() - found.stored.keys()
     if lost:
         msg = f"the files lack {len(lost)} weights of experts: {', '.join(sorted(lost)[:3])}, ..."
@@ -183,22 +252,37 @@ def part_shapes(module: nn.Module, found: ExpertsInFiles, name: str) -> dict[str
 
 
 def take_apart(
-    module: nn.Module, found: ExpertsInFiles, make: Callable[[str], nn.Module], name: str
+    model: nn.Module, name: str, found: ExpertsInFiles, make: Callable[[str], nn.Module]
 ) -> None:
     """Give an experts module a layer for every part of every expert in place of its parameters.
 
     Args:
-        module: the experts module, on the meta device.
+        model: the model, on the meta device.
+        name: of the experts module in it.
         found: what the files hold for it.
         make: the layer to a name.
-        name: of the module in the model.
 
     Raises:
         KernelError: experts that are made of other parts, or compute in a way of their own.
     """
+    module = model.get_submodule(name)
     require_known(module, found, name)
-    count = drop_parameters(module, found)
-    furnish(module, found, [f"{name}.{number}" for number in range(count)], make)
+    drop_parameters(module, found)
+    furnish(module, found, name, make)
+    for number, home in found.homes.items():
+        expert = module.get_submodule(str(number))
+        delattr(module, str(number))
+        path, _, leaf = home.rpartition(".")
+        _made(model, path).add_module(leaf, expert)
+
+
+def _made(model: nn.Module, path: str) -> nn.Module:
+    """Return the module at a path, made of empty ones where there is none."""
+    for part in path.split("."):
+        if part not in dict(model.named_children()):
+            model.add_module(part, nn.Module())
+        model = model.get_submodule(part)
+    return model
 
 
 def require_known(module: nn.Module, found: ExpertsInFiles, name: str) -> None:
@@ -207,40 +291,37 @@ def require_known(module: nn.Module, found: ExpertsInFiles, name: str) -> None:
     if len(down) != 1 or not up:
         msg = f"{name}: experts made of {', '.join(found.parts)} are not known here"
         raise KernelError(msg)
-    gated = hasattr(module, "_apply_gate") or not getattr(module, "has_gate", True)
-    if not gated and not _takes_sorted(type(module)):
+    if not knows(module):
         msg = f"{name}: how {type(module).__name__} joins gate and up is not known here"
         raise KernelError(msg)
 
 
-def drop_parameters(module: nn.Module, found: ExpertsInFiles) -> int:
-    """Take the fused parameters from an experts module and return for how many experts they are."""
-    count = 0
+def drop_parameters(module: nn.Module, found: ExpertsInFiles) -> None:
+    """Take the fused parameters from an experts module."""
     for parameter in {part.parameter for part in found.parts.values()}:
-        count = getattr(module, parameter).shape[0]
         delattr(module, parameter)
-    return count
 
 
 def furnish(
-    module: nn.Module, found: ExpertsInFiles, experts: list[str], make: Callable[[str], nn.Module]
+    module: nn.Module, found: ExpertsInFiles, name: str, make: Callable[[str], nn.Module]
 ) -> None:
     """Give an experts module a layer for every part of every expert, and the class to run them.
 
-    `experts` are the experts' names in the model.
+    `name` is the module's in the model.
     """
-    for number, one in enumerate(experts):
+    experts = []
+    for number in range(1 + max(int(key.split(".")[-2]) for key in found.stored)):
         expert = nn.Module()
         for leaf in found.parts:
-            expert.add_module(leaf, make(f"{one}.{leaf}"))
+            key = f"{name}.{number}.{leaf}"
+            if key in found.stored:
+                expert.add_module(leaf, make(key))
         module.add_module(str(number), expert)
+        experts.append(expert)
     up, down = _leaves(found)
-    kind: Any = type(module)
-    module.__class__ = _packed_class(kind, _takes_sorted(kind))
-    module._up, module._down = tuple(up), down[0]  # type: ignore[assignment]  # noqa: SLF001
     parameters = {found.parts[leaf].parameter for leaf in up}
-    together = parameters.pop() if len(parameters) == 1 else "gate_up_proj"
-    module._up_parameter = together  # type: ignore[assignment]  # noqa: SLF001
+    together = parameters.pop() if len(parameters) == 1 else UP
+    pack(module, experts, (up, down[0]), together)
     module._is_hf_initialized = True  # type: ignore[assignment]  # noqa: SLF001
 
 
@@ -251,116 +332,3 @@ def _leaves(found: ExpertsInFiles) -> tuple[list[str], list[str]]:
         [leaf for leaf, part in ranked if part.parameter != DOWN],
         [leaf for leaf, part in ranked if part.parameter == DOWN],
     )
-
-
-def _takes_sorted(kind: Any) -> bool:
-    """Tell whether experts are given all tokens for each of them, and nothing else."""
-    return len(inspect.signature(kind.forward).parameters) == 2  # noqa: PLR2004 - itself, tokens
-
-
-class _Packed(nn.Module):
-    """What experts with a linear layer per part have in common."""
-
-    _up: tuple[str, ...]
-    _up_parameter: str
-    _down: str
-    # of the class it is mixed into
-    _apply_gate: Callable[[Tensor], Tensor]
-    act_fn: Callable[[Tensor], Tensor]
-
-    def _run(self, given: Tensor, expert: Tensor) -> Tensor:
-        """Return what each token's expert gives, [T, I], for tokens [T, I] and experts int64 [T].
-
-        Numbers beyond the last expert give something that means nothing.
-        """
-        count = self._count()
-        made = self._inner([self._part(leaf, given, expert) for leaf in self._up], expert, count)
-        return self._part(self._down, made, expert) + self._bias(DOWN, expert, count)
-
-    def _count(self) -> int:
-        return sum(name.isdigit() for name in self._modules)
-
-    def _part(self, leaf: str, given: Tensor, expert: Tensor) -> Tensor:
-        """Return the products of tokens with one part of their experts, [T, O]."""
-        layers = [self.get_submodule(f"{number}.{leaf}") for number in range(self._count())]
-        first = layers[0]
-        ready = [layer.ready() if isinstance(layer, QuantLinear) else None for layer in layers]
-        here = [one for one in ready if one is not None]
-        alike = len(here) == len(layers) and all(one[1:] == here[0][1:] for one in here)
-        if not alike or not isinstance(first, QuantLinear):
-            return _one_by_one(layers, given, expert)
-        buffers = [tensor for one in here for tensor in one[0]]
-        out = expert_linear(given.to(first.dtype), expert, buffers, *here[0][1:], first.rows)
-        return out.to(given.dtype)
-
-    def _inner(self, parts: list[Tensor], expert: Tensor, count: int) -> Tensor:
-        """Return what the down projections are given, for the products of the other parts."""
-        apart = len(parts) > 1 and not getattr(self, "is_concatenated", True)
-        inner = torch.stack(parts, -1).flatten(-2) if apart else torch.cat(parts, -1)
-        inner = inner + self._bias(self._up_parameter, expert, count)
-        if not getattr(self, "has_gate", True):
-            return self.act_fn(inner)
-        if hasattr(self, "_apply_gate"):
-            return self._apply_gate(inner)
-        gate, up = inner.chunk(2, -1)
-        return up * self.act_fn(gate)
-
-    def _bias(self, parameter: str, expert: Tensor, count: int) -> Tensor | float:
-        held = self._parameters.get(f"{parameter}_bias")
-        return 0.0 if held is None else held[expert.clamp(max=count - 1)]
-
-
-def _one_by_one(layers: list[nn.Module], given: Tensor, expert: Tensor) -> Tensor:
-    """Return the products with experts stored in different ways, or with inputs of their own."""
-    made = given.new_zeros(given.shape[0], int(getattr(layers[0], "out_features", 0)))
-    for number in expert.unique().tolist():
-        if number < len(layers):
-            mine = expert == number
-            made[mine] = layers[number](given[mine]).to(made.dtype)
-    return made
-
-
-class PackedExperts(_Packed):
-    """Mixin for an experts class of transformers: one linear layer per part of each expert."""
-
-    post_expert_norm: Callable[[Tensor], Tensor]
-
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any
-    ) -> Tensor:
-        """Return the experts' outputs [T, I], weighted and summed over the chosen ones.
-
-        Args:
-            hidden_states: [T, I].
-            top_k_index: numbers of the chosen experts [T, k]; numbers beyond the last choose none.
-            top_k_weights: their weights [T, k].
-        """
-        tokens, many = top_k_index.shape
-        expert = top_k_index.reshape(-1)
-        made = self._run(hidden_states.repeat_interleave(many, 0), expert)
-        if getattr(self, "has_post_expert_norm", False):
-            made = self.post_expert_norm(made)
-        weights = top_k_weights.masked_fill(top_k_index >= self._count(), 0)
-        made = made * weights.reshape(-1, 1)
-        return made.to(hidden_states.dtype).view(tokens, many, -1).sum(1)
-
-
-class PackedSortedExperts(_Packed):
-    """The same for experts that are given every token once for each of them (llama4).
-
-    Tokens that are not an expert's come as zeros, and are not computed.
-    """
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the experts' outputs [E * T, I], for tokens [E * T, I] sorted by expert."""
-        count = self._count()
-        number = torch.arange(count, device=hidden_states.device)
-        idle = hidden_states.eq(0).all(-1)
-        expert = number.repeat_interleave(len(hidden_states) // count).masked_fill(idle, count)
-        return self._run(hidden_states, expert).masked_fill(idle[:, None], 0)
-
-
-@functools.cache
-def _packed_class(kind: Any, takes_sorted: bool) -> Any:
-    packed = PackedSortedExperts if takes_sorted else PackedExperts
-    return type(f"Packed{kind.__name__}", (packed, kind), {})

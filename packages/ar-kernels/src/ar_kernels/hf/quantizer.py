@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -26,7 +24,7 @@ from transformers.utils import quantization_config as stock
 from ar_kernels.backends.select import better_if_installed
 from ar_kernels.hf.decoding import speed_up
 from ar_kernels.hf.experts import (
-    Conversion,
+    find_apart,
     find_experts,
     find_named,
     part_shapes,
@@ -34,6 +32,7 @@ from ar_kernels.hf.experts import (
 )
 from ar_kernels.hf.load import layer_openings
 from ar_kernels.hf.memory import Returning
+from ar_kernels.hf.renaming import Renaming, sources_of
 from ar_kernels.hf.sharing import leave_out_shared, put_shared
 from ar_kernels.hf.stacked import Stack, await_tensors, find_stacks, unstack
 from ar_kernels.hf.stored import by_model_name, stored_facts, stored_modules
@@ -163,11 +162,12 @@ class ArQuantizer(HfQuantizer):
         shapes = {name: _shape(module) for name, module in linears.items()}
         self._files = checkpoint_files or ()
         facts = stored_facts(checkpoint_files)
-        rename = _Renaming(model)
+        rename = Renaming(model)
         files = {} if facts is None else stored_modules(facts)
-        experts, self._unfused = find_experts(files, rename.fusing)
+        experts, self._unfused = find_experts(files, rename.fusing, rename.trial)
         stored = by_model_name(files, rename)
         experts |= find_named(model, stored, experts)
+        experts |= find_apart(model, files, rename, rename.fusing, experts)
         stacks = find_stacks(model, stored)
         apart = experts | {name: stack.found for name, stack in stacks.items()}
         for name, found in apart.items():
@@ -195,7 +195,7 @@ class ArQuantizer(HfQuantizer):
                 await_tensors(module, stacks[name])
                 self._stacks = (*self._stacks, (stacks[name], make))
             else:
-                take_apart(module, found, make, name)
+                take_apart(model, name, found, make)
             # some classes start the experts' parameters, which are gone, from the module around
             around = model.get_submodule(name.rpartition(".")[0])
             around._is_hf_initialized = True  # noqa: SLF001 - Transformers' own mark
@@ -203,7 +203,7 @@ class ArQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Leave out what would fuse experts that are packed one by one, for this model only."""
-        kept = [c for c in weight_conversions if _sources(c) not in self._unfused]
+        kept = [c for c in weight_conversions if sources_of(c) not in self._unfused]
         return super().update_weight_conversions(kept, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
@@ -340,45 +340,3 @@ def _part(
         return _layer(openings[name], shapes[name], dtype, bias=False)
     rows, columns = shapes[name]
     return nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
-
-
-def _sources(conversion: Any) -> tuple[str, ...]:
-    return tuple(conversion._original_source_patterns)  # noqa: SLF001 - identifies it
-
-
-class _Renaming:
-    """Keys of files to keys of a model, as transformers renames them while it loads."""
-
-    def __init__(self, model: Any) -> None:
-        transforms = get_model_conversion_mapping(model) or []
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
-        self._prefix = model.base_model_prefix
-        self._state: dict[str, torch.Tensor] = model.state_dict()
-
-    def __call__(self, key: str) -> str:
-        """Return the model's key for a key of the files."""
-        found, _ = self._renamed(key, self._converters)
-        if found not in self._state and key in self._state:
-            found = rename_source_key(key, [], [], self._prefix, self._state)[0]
-        return found
-
-    def fusing(self, key: str) -> Conversion | None:
-        """Return how transformers would fuse a key into a parameter of the model, or None."""
-        target, pattern = self._renamed(key, self._converters)
-        if pattern is None or target not in self._state:
-            return None
-        using = next(c for c in self._converters if pattern in c.source_patterns)
-        return Conversion(
-            self._renamed(key, [])[0],
-            target,
-            using.source_patterns.index(pattern),
-            len(using.source_patterns),
-            [type(operation).__name__ for operation in using.operations],
-            _sources(using),
-        )
-
-    def _renamed(self, key: str, converters: list[Any]) -> tuple[str, str | None]:
-        rest = (self._prefix, self._state)
-        found, pattern = rename_source_key(key, self._renamings, converters, *rest)
-        return str(found), pattern

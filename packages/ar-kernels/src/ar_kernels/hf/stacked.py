@@ -134,7 +134,7 @@ def unstack(
     count = len(next(iter(held.values())))
     for key in held:
         delattr(module, key)
-    furnish(module, stack.found, [f"{stack.name}.{number}" for number in range(count)], make)
+    furnish(module, stack.found, stack.name, make)
     for leaf in stack.found.parts:
         mine = {suffix: held.pop(leaf + end) for end, suffix in SUFFIXES.items()}
         for number in range(count):

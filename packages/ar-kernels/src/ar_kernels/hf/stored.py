@@ -41,7 +41,13 @@ class StoredLayer:
 
     @property
     def packed(self) -> bool:
-        """True when the module is stored as more than a float weight."""
+        """True when the module is stored as more than a float weight.
+
+        Tensors beside one do not make it packed: a router may have two weights (`weight_1`).
+        """
+        weight = self.facts.get("weight")
+        if weight is not None and weight.dtype.is_floating_point and weight.dtype.itemsize > 1:
+            return False
         return not self.facts.keys() <= _DENSE
 
 

@@ -128,7 +128,7 @@ class FloatLayout:
         stored = _STORED.get(spec.scale_dtype)
         if stored is not None and stored[0] != scale.dtype:
             scale = scale.view(stored[0])
-        extra = {k: tensors[k].float().reshape(1) for k in self.optional if k in tensors}
+        extra = {k: tensors[k].reshape(1) for k in self.optional if k in tensors}
         if self.whole:
             extra["global_scale"] = tensors[_WHOLE].reshape(1, 1)
         shape = spec.granularity.scale_shape(rows, columns)

@@ -112,5 +112,12 @@ def is_ragged(spec: TensorSpec, rows: int, columns: int) -> bool:
     return spec.granularity == whole and even_tiles(rows, columns) != whole
 
 
+def evened(spec: TensorSpec, rows: int, columns: int) -> TensorSpec:
+    """Return a spec with tiles that divide a weight, where they may hang over its edge in files."""
+    if not is_ragged(spec, rows, columns):
+        return spec
+    return spec.with_(granularity=even_tiles(rows, columns))
+
+
 FP8_RAGGED = RaggedTiles("fp8_block_ragged", "weight_scale_inv")
 CT_RAGGED = RaggedTiles("ct_float_ragged", "weight_scale")

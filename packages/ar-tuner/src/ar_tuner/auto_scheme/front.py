@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ar_schemes import schemes
+from ar_schemes import SOURCE, schemes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,9 +70,9 @@ class Choice:
 def plan_file(plan: LayerPlan) -> dict[str, Any]:
     """Return a plan as a `layer_config`: every layer of the blocks and those quantized outside."""
     return {
-        row.layer.name: _spelled(row.scheme)
+        row.layer.name: SOURCE.name if row.kept else _spelled(row.scheme)
         for row in plan.rows
-        if row.layer.block is not None or row.quantized
+        if row.layer.block is not None or row.quantized or row.kept
     }
 
 

@@ -89,7 +89,7 @@ def find_space(asked: AutoScheme, terrain: Terrain) -> Space:
     fixed = [
         r
         for r in plan.rows
-        if r.layer.name not in layers and (r.layer.block is not None or r.quantized)
+        if r.layer.name not in layers and (r.layer.block is not None or r.quantized or r.kept)
     ]
     bits, code_bits = _prices(options, layers, open_to, held)
     return Space(

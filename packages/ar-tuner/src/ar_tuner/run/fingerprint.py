@@ -34,7 +34,7 @@ def fingerprint(
     memory, for a model that was given), its shape and a sample of its values: reading every byte
     of a large model again would cost more than it protects from.
     """
-    layers = [[r.layer.name, r.layer.rows, r.layer.columns, r.scheme.to_dict()] for r in plan.rows]
+    layers = [[r.layer.name, r.layer.rows, r.layer.columns, r.written.to_dict()] for r in plan.rows]
     parts: dict[str, Any] = {
         "settings": dict(settings),
         "plan": layers,

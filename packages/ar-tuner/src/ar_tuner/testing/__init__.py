@@ -4,6 +4,7 @@ record = check_family("qwen3_next")
 assert record.failed is None, record.error
 """
 
+from ar_tuner.testing.checkpoints import in_tiles
 from ar_tuner.testing.family import STEPS, Record, check_family
 from ar_tuner.testing.images import image_batch
 from ar_tuner.testing.known import read_known, surprise
@@ -23,6 +24,7 @@ __all__ = [
     "check_family",
     "image_batch",
     "image_text_types",
+    "in_tiles",
     "read_known",
     "surprise",
     "text_types",

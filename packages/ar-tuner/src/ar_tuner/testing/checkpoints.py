@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from ar_tuner.experts import own_wiring
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     Shapes = dict[str, tuple[int, ...]]
 
@@ -98,6 +100,22 @@ def reload(folder: Path, kind: Any) -> nn.Module:
         msg = f"the checkpoint does not fit the model: {wrong}"
         raise TunerError(msg)
     return model.eval()
+
+
+def in_tiles(weight: Tensor, size: int = 128) -> tuple[Tensor, Tensor]:
+    """Return a matrix [O, I] as FP8 codes, and a scale for each tile, as DeepSeek's files hold it.
+
+    The last tiles may hang over the edge: scales are float32 [ceil(O / size), ceil(I / size)].
+    """
+    import torch
+
+    rows, columns = (math.ceil(n / size) for n in weight.shape)
+    scales, codes = torch.empty(rows, columns), torch.empty_like(weight)
+    for i, j in itertools.product(range(rows), range(columns)):
+        place = (slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size))
+        scales[i, j] = weight[place].abs().max() / 448
+        codes[place] = weight[place] / scales[i, j]
+    return codes.to(torch.float8_e4m3fn), scales
 
 
 def _plain(name: str) -> str:
