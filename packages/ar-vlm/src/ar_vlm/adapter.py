@@ -25,12 +25,10 @@ NEEDS_IMAGES = frozenset(
     [
         "blip",
         "blip-2",
-        "hunyuan_vl",
         "idefics",
         "instructblip",
         "instructblipvideo",
         "kosmos-2",
-        "kosmos-2.5",
     ]
 )
 """Model types whose forward demands pixels."""

@@ -25,7 +25,7 @@ from ar_tuner.errors import TunerError
 from ar_tuner.events import BlockDone, Note
 from ar_tuner.registry import find_adapter
 from ar_tuner.testing.checkpoints import audit, reload
-from ar_tuner.testing.images import image_batch
+from ar_tuner.testing.images import calibration_of, image_batch, several
 from ar_tuner.testing.tiny import image_text_types, text_types, tiny_model, tiny_rows
 from ar_tuner.testing.walking import (
     CLOSE,
@@ -93,6 +93,7 @@ class _Subject:
     model: Any = None
     adapter: Any = None
     batches: list[dict[str, Any]] = field(default_factory=list)
+    shown: dict[str, Any] | None = None
     found: Any = None
     job: Any = None
     written: Any = None
@@ -167,15 +168,26 @@ def _build(subject: _Subject) -> None:
 
 
 def _forward(subject: _Subject) -> None:
-    """Make the batches: full rows, rows of which one begins with padding, a row with an image."""
-    plain = dict(subject.adapter.inputs(subject.model, tiny_rows(2)))
-    logits_of(subject.model, subject.adapter, plain)
+    """Make the batches: full rows, rows of which one begins with padding, a row with an image.
+
+    A model that does not run on text alone gets an image in every row.
+    """
+    entry, sees = subject.adapter.entry(subject.model), subject.record.kind != "text"
+    image = image_batch(subject.model, entry) if sees else None
+    try:
+        plain = dict(subject.adapter.inputs(subject.model, tiny_rows(2)))
+        logits_of(subject.model, subject.adapter, plain)
+    except Exception:
+        if image is None:
+            raise
+        subject.shown, plain, image = image, several(image, range(2)), None
     subject.batches = [plain, padded(plain)]
     logits_of(subject.model, subject.adapter, subject.batches[1])
-    entry = subject.adapter.entry(subject.model)
-    image = image_batch(subject.model, entry) if subject.record.kind != "text" else None
     subject.batches += [] if image is None else [image]
-    subject.record.facts |= {"calibration": "text", "images": image is not None}
+    subject.record.facts |= {
+        "calibration": "text" if subject.shown is None else "image",
+        "images": image is not None or subject.shown is not None,
+    }
 
 
 def padded(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,9 +268,8 @@ def _tune(subject: _Subject, options: Mapping[str, Any]) -> None:
     job = AutoRound(
         subject.folder / "source",
         scheme="W4A16",
-        dataset=list(tiny_rows(4, seed=2)),
         on_event=listen,
-        **(settings | dict(options)),
+        **(settings | calibration_of(subject.shown, 4) | dict(options)),
     )
     subject.written = job.quantize_and_save(subject.folder / "made", list(subject.formats))
     told = [note.partition(":")[0] for note in subject.notes]

@@ -1,4 +1,4 @@
-"""Random pixels in the shape that a model takes, found by trying the shapes that there are.
+"""Rows of tokens with random pixels in the shape that a model takes, found by trying.
 
 No processor is asked: what it would do to a picture depends on packages that may be missing.
 """
@@ -12,23 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ar_tuner.testing.tiny import tiny_rows
+from ar_tuner.testing.pixels import FIRST, SHAPES, TEXT, side_of
+from ar_tuner.testing.tiny import first_word, tiny_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor, nn
 
-    Pixels = dict[str, Any]
+    from ar_tuner.testing.pixels import Pixels
 
 _COUNTS = re.compile(r"tokens:\s*(?:tensor\()?(\d+)\)?,? features:?\s*(?:tensor\()?(\d+)")
 """What models say whose image tokens are not as many as the features of the image."""
-_TEXT = 16
-_FIRST = 4
-"""Tokens in a row beside those of the image, and how many of them come before it."""
 _TRIES = 4
 _MOVED = 1e-6
-_PICTURES = {"pixel_values", "image_pixel_values", "image_patches"}
+_PICTURES = ("pixel_values", "image_pixel_values", "image_patches", "flattened_patches")
+_SPANS = ("token_type_ids", "mm_token_type_ids", "image_embeds_position_mask")
+"""What tells tokens of an image from others, where `True` stands in a shape."""
+_WORDS = ("input_ids", "qformer_input_ids")
+_PLACES = 2
+"""Numbers before the pixels of a flattened patch: its row and column."""
 _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
 
 
@@ -40,10 +43,10 @@ def image_batch(model: nn.Module, entry: nn.Module) -> dict[str, Any] | None:
         entry: the module whose forward takes the batch.
     """
     config: Any = getattr(entry, "config", None) or getattr(model, "config", None)
-    if config is None or _side(config) is None:
+    if config is None or side_of(config) is None:
         return None
     known = set(inspect.signature(entry.forward).parameters)
-    for shape in _SHAPES:
+    for shape in SHAPES:
         try:
             pixels = shape(config)
         except _REFUSALS:
@@ -54,21 +57,64 @@ def image_batch(model: nn.Module, entry: nn.Module) -> dict[str, Any] | None:
         if batch is None:
             continue
         with contextlib.suppress(*_REFUSALS):
-            if _looked_at(entry, batch, pixels):
+            if _looked_at(entry, batch):
                 return batch
     return None
+
+
+def other_sample(batch: Mapping[str, Any], seed: int, *, text: bool = True) -> dict[str, Any]:
+    """Return a batch like one of `image_batch`, with other pixels and, if `text`, other words."""
+    generator = torch.Generator().manual_seed(seed)
+    out = dict(batch)
+    for name in _PICTURES:
+        if (old := batch.get(name)) is not None:
+            out[name] = torch.randn(old.shape, generator=generator)
+            if name == "flattened_patches":
+                out[name][..., :_PLACES] = old[..., :_PLACES]
+    for name in _WORDS if text else ():
+        if (ids := batch.get(name)) is not None:
+            words = tiny_rows(*ids.shape, seed=seed)
+            out[name] = torch.where(ids >= first_word(), words, ids)
+    return out
+
+
+def several(batch: Mapping[str, Any], seeds: range) -> dict[str, Any]:
+    """Return samples like one, with other pixels and words, as a batch."""
+    made = [other_sample(batch, seed) for seed in seeds]
+    return {
+        name: torch.cat([one[name] for one in made]) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def calibration_of(shown: Mapping[str, Any] | None, count: int) -> dict[str, Any]:
+    """Return the settings of `AutoRound` for calibration with `count` samples like one.
+
+    Args:
+        shown: a row with an image; None for rows of text.
+        count: of samples.
+    """
+    if shown is None:
+        return {"dataset": list(tiny_rows(count, seed=2))}
+    from PIL import Image  # where a model sees, ar-vlm is installed, which needs it
+
+    def made(sample: Any) -> dict[str, Any]:
+        return other_sample(shown, seed=sample.images()[0].width)
+
+    records = [{"image": Image.new("RGB", (8 + i, 8)), "caption": "x"} for i in range(count)]
+    return {"dataset": records, "calibration": "image", "processor": made}
 
 
 def _accepted(entry: nn.Module, config: Any, pixels: Pixels) -> dict[str, Any] | None:
     """Return the batch with as many image tokens as the model wants, None if it takes none."""
     count = pixels.get("image_tokens", 4)
-    kinds = [key for key in ("token_type_ids", "mm_token_type_ids") if pixels.get(key)]
+    kinds = [key for key in _SPANS if pixels.get(key) is True]
     given = {k: v for k, v in pixels.items() if k not in (*kinds, "image_tokens")}
     for _ in range(_TRIES):
         ids = _row(config, count)
         batch = {"input_ids": ids, "use_cache": False, **given}
         spans = torch.zeros_like(ids)
-        spans[:, _FIRST : _FIRST + count] = 1
+        spans[:, FIRST : FIRST + count] = 1
         batch |= dict.fromkeys(kinds, spans)
         try:
             _run(entry, batch)
@@ -86,10 +132,10 @@ def _accepted(entry: nn.Module, config: Any, pixels: Pixels) -> dict[str, Any] |
     return None
 
 
-def _looked_at(entry: nn.Module, batch: Mapping[str, Any], pixels: Pixels) -> bool:
+def _looked_at(entry: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Tell whether other pixels give other logits."""
     before = _run(entry, batch)
-    after = _run(entry, {**batch, **{k: batch[k].flip(-1) * 2 for k in _PICTURES & set(pixels)}})
+    after = _run(entry, other_sample(batch, 4, text=False))
     same = before.shape == after.shape and float((before - after).abs().max()) <= _MOVED
     return bool(torch.isfinite(before).all()) and not same
 
@@ -103,129 +149,11 @@ def _run(entry: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _row(config: Any, count: int) -> Tensor:
-    ids = tiny_rows(1, _TEXT + count, seed=2)
-    names = ("image_token_id", "image_token_index", "image_token")
+    ids = tiny_rows(1, TEXT + count, seed=2)
+    names = ("image_token_id", "image_token_index", "image_token", "video_token_index")
     token = next((t for n in names if (t := getattr(config, n, None)) is not None), None)
     if token is None:
         token = getattr(getattr(config, "vision_config", None), "image_token_id", None)
     if isinstance(token, int):
-        ids[:, _FIRST : _FIRST + count] = token
+        ids[:, FIRST : FIRST + count] = token
     return ids
-
-
-def _side(config: Any) -> int | None:
-    """Return the side of an image in pixels, None where the model has no eyes."""
-    vision = _vision(config)
-    for size in (getattr(vision, "image_size", None), getattr(config, "image_size", None)):
-        if size is not None:
-            return int(size if isinstance(size, int) else size[0])
-    patch = getattr(vision, "patch_size", None)
-    return None if vision is None else 4 * (patch if isinstance(patch, int) else 14)
-
-
-def _vision(config: Any) -> Any:
-    for name in ("vision_config", "visual_config", "vq_config"):
-        found = getattr(config, name, None)
-        if found is not None:
-            return found
-    return None
-
-
-def _pixels(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
-
-
-def _plain(config: Any) -> Pixels:
-    side = _side(config) or 0
-    return {"pixel_values": _pixels(1, 3, side, side)}
-
-
-def _marked(config: Any) -> Pixels:
-    return {**_plain(config), "token_type_ids": True}
-
-
-def _sized(config: Any) -> Pixels:
-    side = _side(config)
-    return {**_plain(config), "image_sizes": torch.tensor([[side, side]])}
-
-
-def _listed(config: Any) -> Pixels:
-    side = _side(config) or 0
-    return {"pixel_values": _pixels(1, 1, 3, side, side)}
-
-
-def _tiled(config: Any) -> Pixels:
-    side = _side(config) or 0
-    return {
-        "pixel_values": _pixels(1, 3, 3, side, side),
-        "image_sizes": torch.tensor([[side, 2 * side]]),
-    }
-
-
-def _flat(config: Any) -> Pixels:
-    """Patches one after the other, and how they lie (Qwen's way)."""
-    vision: Any = config.vision_config
-    channels: Any = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
-    depth = getattr(vision, "temporal_patch_size", 1)
-    width = channels * depth * vision.patch_size**2
-    grid = torch.tensor([[1, 4, 4]])
-    return {"pixel_values": _pixels(16, width), "image_grid_thw": grid, "mm_token_type_ids": True}
-
-
-def _flat_unmarked(config: Any) -> Pixels:
-    return {k: v for k, v in _flat(config).items() if k != "mm_token_type_ids"}
-
-
-def _cut(config: Any) -> Pixels:
-    """Patches one after the other, each an image of its own (Kimi's way)."""
-    size = config.vision_config.patch_size
-    return {"pixel_values": _pixels(16, 3, size, size), "image_grid_thw": torch.tensor([[1, 4, 4]])}
-
-
-def _placed(config: Any) -> Pixels:
-    """Flat patches with their places (Gemma 4's way)."""
-    vision = config.vision_config
-    side = 2 * int(getattr(vision, "pooling_kernel_size", 3))
-    steps = torch.arange(side)
-    places = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).reshape(1, side**2, 2)
-    return {
-        "pixel_values": _pixels(1, side**2, 3 * vision.patch_size**2).sigmoid(),
-        "image_position_ids": places,
-        "mm_token_type_ids": True,
-    }
-
-
-def _crossed(config: Any) -> Pixels:
-    """Tiles for cross-attention, without tokens in the row (mllama)."""
-    side = _side(config) or 0
-    return {
-        "image_tokens": 0,
-        "pixel_values": _pixels(1, 1, 4, 3, side, side),
-        "aspect_ratio_ids": torch.tensor([[6]]),
-        "aspect_ratio_mask": torch.ones(1, 1, 4, dtype=torch.long),
-        "cross_attention_mask": torch.ones(1, _TEXT, 1, 4, dtype=torch.long),
-    }
-
-
-def _cropped(config: Any) -> Pixels:
-    """A picture and its crops, with a mask of patches (phi4_multimodal)."""
-    side = config.vision_config.crop_size
-    patches = side // config.vision_config.patch_size
-    return {
-        "image_tokens": 13,
-        "image_pixel_values": _pixels(1, 2, 3, side, side),
-        "image_sizes": torch.tensor([[side, side]]),
-        "image_attention_mask": torch.ones(1, 2, patches, patches),
-    }
-
-
-def _words(config: Any) -> Pixels:
-    """Patches in the place of words (fuyu)."""
-    return {"image_patches": _pixels(1, 4, 3 * config.patch_size**2)}
-
-
-_SHAPES: tuple[Callable[[Any], Pixels], ...] = (
-    *(_flat, _flat_unmarked, _cut, _placed, _cropped, _crossed, _words),
-    *(_tiled, _marked, _sized, _plain, _listed),
-)
-"""The shapes, those that the fewest models take first."""

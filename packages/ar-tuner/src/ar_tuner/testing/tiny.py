@@ -114,10 +114,15 @@ def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> nn.Module:
     return model.requires_grad_(requires_grad=False)
 
 
+def first_word() -> int:
+    """Return the first token id that is no special token in a tiny model."""
+    first: int = _tables()["limits"]["first_text_token"]
+    return first
+
+
 def tiny_rows(count: int = 8, length: int = 24, *, seed: int = 1) -> Tensor:
     """Return random token rows [count, length] without special tokens."""
-    limits = _tables()["limits"]
-    first, last = limits["first_text_token"], limits["vocabulary"] - 4
+    first, last = first_word(), _tables()["limits"]["vocabulary"] - 4
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(first, last, (count, length), generator=generator)
 
