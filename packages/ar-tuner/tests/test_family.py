@@ -8,6 +8,7 @@ from ar_tuner.errors import TunerError
 from ar_tuner.registry import find_adapter
 from ar_tuner.testing import STEPS, check_family, image_batch, read_known, tiny_model, tiny_rows
 from ar_tuner.testing.checkpoints import audit
+from ar_tuner.testing.images import calibration_of, other_sample, several
 from ar_tuner.testing.walking import check_called, check_walk, difference, silent_weights
 
 pytest.importorskip("transformers")
@@ -91,3 +92,29 @@ def test_a_step_that_fails_ends_the_check_and_is_named() -> None:
     assert (record.failed, record.facts) == ("build", {})
     assert "musicgen" in record.error
     assert STEPS[0] == "build"
+
+
+@pytest.mark.parametrize("kind", ["blip", "blip-2", "idefics", "instructblip", "kosmos-2"])
+def test_samples_like_one_differ_and_share_a_batch(kind: str) -> None:
+    model = tiny_model(kind)
+    row = image_batch(model, model)
+    assert row is not None
+    one, other = (other_sample(row, seed) for seed in (0, 1))
+    blind = other_sample(row, 1, text=False)
+    assert torch.equal(blind["input_ids"], row["input_ids"])
+    assert not torch.equal(one["input_ids"], other["input_ids"])
+    with torch.no_grad():
+        both = model(**several(row, range(2))).logits
+        apart = torch.cat([model(**one).logits, model(**other).logits])
+        assert difference(model(**blind).logits, model(**row).logits) > 1e-6
+    assert difference(both, apart) < 1e-5
+
+
+def test_calibration_with_images_makes_a_sample_of_each_record() -> None:
+    pytest.importorskip("PIL")
+    assert list(calibration_of(None, 3)) == ["dataset"]
+    row = {"input_ids": tiny_rows(1), "pixel_values": torch.zeros(1, 3, 4, 4)}
+    given = calibration_of(row, 3)
+    assert len(given["dataset"]) == 3
+    sizes = {record["image"].width for record in given["dataset"]}
+    assert len(sizes) == 3  # what tells one sample from another

@@ -2,14 +2,17 @@
 
     [gemma3n]
     step = "build"
-    reason = "its eyes need timm, which is not installed"
+    reason = "its eyes need timm"
+    unless = "timm"
 
 A family that fails and is not listed is a finding; so is one that is listed and passes, or fails
-elsewhere: the file then says what is no longer so.
+elsewhere: the file then says what is no longer so. `unless` names a package: where it is installed
+the entry does not hold, and the family has to pass.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tomllib
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +43,8 @@ def surprise(record: Mapping[str, Any], known: Known) -> str | None:
     """Return what a record (see `Record.to_dict`) has that was not known, or None."""
     kind, failed = record["model_type"], record["failed"]
     listed = known.get(kind)
+    if listed is not None and not _holds(listed):
+        listed = None
     if listed is None:
         if failed is None:
             return None
@@ -49,3 +54,8 @@ def surprise(record: Mapping[str, Any], known: Known) -> str | None:
     if failed != listed["step"]:
         return f"{kind}: fails at {failed}, not at {listed['step']}: {record['error']}"
     return None
+
+
+def _holds(entry: Mapping[str, str]) -> bool:
+    needed = entry.get("unless")
+    return needed is None or importlib.util.find_spec(needed) is None

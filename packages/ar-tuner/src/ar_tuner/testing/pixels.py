@@ -129,6 +129,13 @@ def _cut(config: Any) -> Pixels:
     return {"pixel_values": _pixels(16, 3, size, size), "image_grid_thw": torch.tensor([[1, 4, 4]])}
 
 
+def _folded(config: Any) -> Pixels:
+    """Patches as short films, channels last, each one token (Inkling's way)."""
+    vision = config.vision_config
+    size = vision.patch_size
+    return {"pixel_values": _pixels(4, vision.temporal_patch_size, size, size, 3)}
+
+
 def _placed(config: Any) -> Pixels:
     """Flat patches with their places (Gemma 4's way)."""
     vision = config.vision_config
@@ -172,7 +179,7 @@ def _words(config: Any) -> Pixels:
 
 
 SHAPES: tuple[Callable[[Any], Pixels], ...] = (
-    *(_flat, _flat_unmarked, _cut, _placed, _cropped, _crossed, _words),
+    *(_flat, _flat_unmarked, _cut, _folded, _placed, _cropped, _crossed, _words),
     *(_flattened, _positioned, _questioned, _filmed, _attended),
     *(_tiled, _marked, _sized, _plain, _listed),
 )

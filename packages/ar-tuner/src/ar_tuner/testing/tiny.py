@@ -253,8 +253,14 @@ def _fill(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            fresh = torch.randn(parameter.shape, generator=generator) * _SPREAD
+            fresh = torch.randn(parameter.shape, generator=generator) * _spread(parameter)
             odd = not torch.isfinite(parameter).all() or parameter.abs().max() > _LARGEST
             shut = not parameter.any() and not name.endswith("bias")  # a gate that lets nothing by
             if parameter.numel() and (parameter.ndim > 1 or odd or shut):
                 parameter.copy_(fresh)
+
+
+def _spread(parameter: Tensor) -> float:
+    """Return how far random numbers spread: stacks of convolutions must not fade out."""
+    image = parameter.ndim == 4  # noqa: PLR2004 - a convolution over height and width
+    return _SPREAD if not image else float(parameter[0].numel() ** -0.5)
