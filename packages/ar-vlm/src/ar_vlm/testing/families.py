@@ -1,35 +1,10 @@
-"""What is special to each family of small models: tokens, processor options, configuration."""
+"""The families of small models: tokens, processor options, configuration of each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from ar_vlm.testing.family import CLIP, ROPE, SQUARE, Family
+from ar_vlm.testing.further import FURTHER
 
-
-@dataclass(frozen=True)
-class Family:
-    """One family.
-
-    Attributes:
-        tokens: special tokens under the names the processor knows them by.
-        mark: what stands for an image in a chat.
-        image: tokens that the model's features replace, by the name in `tokens`.
-        processor: options of the processor.
-        pictures: options of the image processor.
-        config: where the configuration departs from that of `ar_tuner.testing.tiny_config`.
-    """
-
-    tokens: dict[str, str]
-    mark: str
-    image: str = "image_token"
-    processor: dict[str, Any] = field(default_factory=dict)
-    pictures: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-
-
-SQUARE = {"height": 56, "width": 56}
-CLIP = {"vision_config": {"image_size": 56, "patch_size": 14}}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 LOCAL = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 }
@@ -246,4 +221,5 @@ FAMILIES: dict[str, Family] = {
         pictures={"size": SQUARE, "image_seq_length": 16},
         config={**CLIP, "projection_dim": 64},
     ),
+    **FURTHER,
 }

@@ -13,7 +13,7 @@ from ar_vlm.testing.drawing import COLORS, NUMBERS, SHAPES, draw_picture
 from ar_vlm.testing.families import FAMILIES
 
 if TYPE_CHECKING:
-    from ar_vlm.testing.families import Family
+    from ar_vlm.testing.family import Family
 
 VOCABULARY = 320
 """Of `ar_tuner.testing`'s tiny models."""
@@ -52,8 +52,9 @@ def make_model(family: str, *, ids: dict[str, int] | None = None, seed: int = 0)
 
     known = FAMILIES[family]
     ids = {n: _SPECIAL + i for i, n in enumerate(known.tokens)} if ids is None else ids
-    named = _ids(transformers.CONFIG_MAPPING[family], ids, known)
-    return tiny_model(family, seed=seed, **{**known.config, **named})
+    kind = known.kind or family
+    named = _ids(transformers.CONFIG_MAPPING[kind], ids, known)
+    return tiny_model(kind, seed=seed, **{**known.config, **named})
 
 
 def make_tokenizer(family: Family) -> Any:
@@ -86,6 +87,7 @@ def _ids(config: Any, ids: dict[str, int], family: Family) -> dict[str, int]:
     fields = {f.name for f in dataclasses.fields(config)}
     named = {f"{n.removesuffix('_token')}_token_id": v for n, v in ids.items()}
     named |= {n.replace("_id", "_index"): v for n, v in named.items()}
+    named |= {n.replace("_token_id", "_id"): v for n, v in named.items()}
     image = ids[family.image]
     named |= {"image_token_id": image, "image_token_index": image}
     return {name: value for name, value in named.items() if name in fields}
@@ -93,20 +95,16 @@ def _ids(config: Any, ids: dict[str, int], family: Family) -> dict[str, int]:
 
 def _save_processor(kind: str, family: Family, tokenizer: Any, folder: Path) -> None:
     import transformers
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    names: Any = IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)
-    names = IMAGE_PROCESSOR_MAPPING_NAMES[kind.removesuffix("_moe")] if names is None else names
-    pictures = getattr(transformers, names["pil"])(**family.pictures)
+    name, maker = family.parts or _part_names(kind, torchvision=family.torchvision)
+    pictures = getattr(transformers, maker)(**family.pictures)
     template = TEMPLATE.replace("MARK", family.mark)
-    name: Any = PROCESSOR_MAPPING_NAMES[kind]
     found = getattr(transformers, name)
     whole = not getattr(found, "is_dummy", False)
     known = inspect.signature(found.__init__).parameters if whole else family.processor
     given = {**family.tokens, **family.processor}
     options = {name: value for name, value in given.items() if name in known}
-    if not whole or "video_processor" in found.get_attributes():  # needs torchvision
+    if not whole or set(found.get_attributes()) - {"image_processor", "tokenizer"}:
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
         pictures.save_pretrained(folder)
@@ -117,3 +115,14 @@ def _save_processor(kind: str, family: Family, tokenizer: Any, folder: Path) -> 
         image_processor=pictures, tokenizer=tokenizer, chat_template=template, **options
     )
     processor.save_pretrained(folder)
+
+
+def _part_names(kind: str, *, torchvision: bool) -> tuple[str, str]:
+    """Return the names of the classes of a type's processor and image processor."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    names: Any = IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)
+    names = IMAGE_PROCESSOR_MAPPING_NAMES[kind.removesuffix("_moe")] if names is None else names
+    name: Any = PROCESSOR_MAPPING_NAMES[kind]
+    return name, names["torchvision" if torchvision else "pil"]
