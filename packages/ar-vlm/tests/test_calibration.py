@@ -12,7 +12,8 @@ from ar_tuner.adapters import GenericAdapter
 from ar_tuner.blocks import find_blocks
 from ar_tuner.errors import TunerError
 from ar_tuner.imagery import Asked
-from ar_tuner.others import samples_of
+from ar_tuner.loading import load_model
+from ar_tuner.others import fitted, samples_of
 from ar_tuner.rows import RowBank
 from ar_tuner.walk import execute, hidden, suspended
 from ar_vlm import Inputs, VlmError, read_samples
@@ -39,6 +40,11 @@ def quantized(folder: Path | Any, dataset: Any, **options: Any) -> tuple[Any, An
     return model, plan, seen
 
 
+def opened(folder: Path) -> Any:
+    model, _ = load_model(folder, dtype="float32", trust_remote_code=False)
+    return model.eval()
+
+
 def losses(seen: list[Any]) -> dict[str, tuple[float, float]]:
     return {e.name: (e.loss_before, e.loss_after) for e in seen if e.kind == "block_done"}
 
@@ -52,11 +58,12 @@ def test_the_walk_with_images_is_the_models_own_forward(
     family: str, tiny: Callable[[str], Path], samples: list[Sample]
 ) -> None:
     """Towers, projectors and decoder blocks are stopped at; text and images go side by side."""
-    model = transformers.AutoModelForImageTextToText.from_pretrained(tiny(family)).eval()
+    model = opened(tiny(family))
     inputs = Inputs.from_pretrained(tiny(family))
     adapter = VisionLanguageAdapter(family, asked=Asked(nontext=True))
     blocks = [b.module for b in find_blocks(model, adapter).blocks]
-    batches = [inputs.build(sample) for sample in (*samples[2:4], read_samples(["red square"])[0])]
+    shown = [inputs.build(sample) for sample in (*samples[2:4], read_samples(["red square"])[0])]
+    batches = fitted(shown, model, None)
     with torch.no_grad():
         plain = [model(**batch).logits for batch in batches]
     called = set()
@@ -291,8 +298,9 @@ def test_rows_drawn_in_any_order_keep_their_images(
     family: str, tiny: Callable[[str], Path], samples: list[Sample]
 ) -> None:
     """What a block gives for rows of joined samples is what it gave for them before."""
-    model = transformers.AutoModelForImageTextToText.from_pretrained(tiny(family)).eval()
-    batches = list(Inputs.from_pretrained(tiny(family)).batches(samples[:8], size=4))
+    model = opened(tiny(family))
+    built = list(Inputs.from_pretrained(tiny(family)).batches(samples[:8], size=4))
+    batches = fitted(built, model, None)
     adapter = VisionLanguageAdapter(family, asked=Asked(nontext=True))
     blocks = [b.module for b in find_blocks(model, adapter).blocks]
     counts = [samples_of(batch) for batch in batches]

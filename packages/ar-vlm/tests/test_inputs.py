@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from ar_tuner.others import joined
+from ar_tuner.loading import load_model
+from ar_tuner.others import fitted, joined
 from ar_vlm import Inputs, Message, Sample, VlmError, load_processor, read_samples
 from ar_vlm.inputs import processors
 from ar_vlm.inputs.expand import Pair
@@ -25,14 +26,14 @@ WHOLE = ["llava", "gemma3", "mllama", "idefics3"]
 def test_the_model_takes_what_is_built(
     family: str, tiny: Callable[[str], Path], samples: list[Sample]
 ) -> None:
-    model = transformers.AutoModelForImageTextToText.from_pretrained(tiny(family)).eval()
+    model, _ = load_model(tiny(family), dtype="float32", trust_remote_code=False)
     inputs = Inputs.from_pretrained(tiny(family))
     for sample in samples[:4]:  # the last holds two images
         built = inputs.built(sample)
         assert built.way == "chat"
         assert built.seen
         with torch.no_grad():
-            logits = model(**built.inputs).logits
+            logits = model.eval()(**fitted([built.inputs], model, None)[0]).logits
         assert logits.shape[:2] == (1, built.tokens)
         assert torch.isfinite(logits).all()
 

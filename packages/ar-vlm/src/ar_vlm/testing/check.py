@@ -7,7 +7,7 @@ ar-export has to be installed: it writes the checkpoint.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,9 +56,14 @@ class ImageRecord:
 
 
 def missing_package(family: str) -> str | None:
-    """Return the package that a family's image processor needs and that is not here, or None."""
-    needed = "torchvision" if FAMILIES[family].torchvision else None
-    return needed if needed and importlib.util.find_spec(needed) is None else None
+    """Return the package that a family's image processor needs and that does not load, or None."""
+    if not FAMILIES[family].torchvision:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):  # the latter where it was built for another torch
+        return "torchvision"
+    return None
 
 
 def check_images(family: str, folder: str | Path) -> ImageRecord:
