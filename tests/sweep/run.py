@@ -55,6 +55,8 @@ def main() -> int:
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     if asked.write:
         types = []
+    if types:
+        warm_up()
     sweep(types, jobs=asked.jobs, out=asked.out)
     known = read(asked.out)
     failures = read_known(EXPECTED)
@@ -116,6 +118,16 @@ def quiet() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def warm_up() -> None:
+    """Check one type here, so that no process has to import and look for plugins: most of its time.
+
+    Nothing of it is kept, and no thread of it goes on.
+    """
+    from ar_tuner.testing.family import check_family
+
+    check_family("llama")
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
