@@ -26,7 +26,7 @@ def test_a_family_is_tuned_with_images_and_sees_after_reading_back(family, tmp_p
 
 
 def test_a_model_that_does_not_look_is_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(check, "_dark", dict)
+    monkeypatch.setattr(check, "_grey", dict)
     with pytest.raises(VlmError, match="llava: the logits do not depend on the image"):
         check_images("llava", tmp_path)
 

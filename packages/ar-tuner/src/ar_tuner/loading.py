@@ -86,10 +86,12 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
 
 
 def load_meta(path: Path, *, trust_remote_code: bool) -> nn.Module:
-    """Return the float model without weights (all parameters on the meta device)."""
-    from transformers import AutoConfig
+    """Return the float model without weights (all parameters on the meta device).
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    Raises:
+        TunerError: code in the directory that may not run.
+    """
+    config = _model_config(path, trust_remote_code)
     for key in QUANTIZATION_KEYS:
         if hasattr(config, key):
             delattr(config, key)
@@ -105,14 +107,13 @@ def load_model(
     """Return (model, tokenizer); the tokenizer is None where the directory has none.
 
     Raises:
-        TunerError: an unknown dtype or device, weights that are missing from the checkpoint.
+        TunerError: an unknown dtype or device, weights that are missing from the checkpoint,
+            code in the directory that may not run.
     """
-    from transformers import AutoConfig
-
     if dtype not in DTYPES:
         msg = f"dtype {dtype!r} is not allowed: use one of {', '.join(DTYPES)}"
         raise TunerError(msg)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = _model_config(path, trust_remote_code)
     model, report = _auto_class(config).from_pretrained(
         path,
         dtype=dtype,
@@ -172,6 +173,26 @@ def read_config(path: Path) -> dict[str, Any]:
         msg = f"{file} must hold a JSON object, not {type(config).__name__}"
         raise TunerError(msg)
     return config
+
+
+def _model_config(path: Path, trust: bool) -> Any:  # noqa: FBT001
+    """Return the configuration of a checkpoint.
+
+    Raises:
+        TunerError: it is made by code in the directory, and that may not run.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    said = read_config(path)
+    kind = said.get("model_type")
+    if not trust and said.get("auto_map") and kind not in CONFIG_MAPPING:
+        msg = (
+            f"model {str(path)!r} is of type {kind!r}, which Transformers knows only through code "
+            "in the directory. Read that code, and if you trust it, let it run: "
+            "trust_remote_code=True (--trust-remote-code)."
+        )
+        raise TunerError(msg)
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust)
 
 
 def _auto_class(config: Any) -> Any:
