@@ -110,6 +110,7 @@ def _accepted(entry: nn.Module, config: Any, pixels: Pixels) -> dict[str, Any] |
     count = pixels.get("image_tokens", 4)
     kinds = [key for key in _SPANS if pixels.get(key) is True]
     given = {k: v for k, v in pixels.items() if k not in (*kinds, "image_tokens")}
+    tried: list[int] = []
     for _ in range(_TRIES):
         ids = _row(config, count)
         batch = {"input_ids": ids, "use_cache": False, **given}
@@ -120,13 +121,14 @@ def _accepted(entry: nn.Module, config: Any, pixels: Pixels) -> dict[str, Any] |
             _run(entry, batch)
         except _REFUSALS as error:
             said = _COUNTS.search(str(error))
-            wanted = int(said[2]) if said else count
+            wanted = int(said[2]) if said else 0
             width = getattr(config.get_text_config(), "hidden_size", 0) or 1
-            if wanted >= width and wanted % width == 0:  # some say how many numbers
-                wanted //= width
-            if wanted in (count, 0):
+            whole = wanted % width == 0  # some say how many numbers
+            tried.append(count)
+            counts = [wanted // width, wanted] if whole else [wanted]
+            count = next((n for n in counts if n not in tried), 0)
+            if not count:
                 return None
-            count = wanted
         else:
             return batch
     return None

@@ -129,6 +129,38 @@ def _cut(config: Any) -> Pixels:
     return {"pixel_values": _pixels(16, 3, size, size), "image_grid_thw": torch.tensor([[1, 4, 4]])}
 
 
+def _cut_marked(config: Any) -> Pixels:
+    return {**_cut(config), "mm_token_type_ids": True}
+
+
+def _merged(config: Any) -> Pixels:
+    """Flat patches, and how many of them become one (VideoLLaMA 3)."""
+    return {**_flat_unmarked(config), "image_merge_sizes": torch.tensor([2])}
+
+
+def _spaced(config: Any) -> Pixels:
+    """Flat patches, which of them there are, and how many in height and width (LFM2-VL)."""
+    width = 3 * config.vision_config.patch_size**2
+    return {
+        "pixel_values": _pixels(1, 16, width),
+        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+    }
+
+
+def _twofold(config: Any) -> Pixels:
+    """The image in two sizes (DeepSeek-VL's hybrid)."""
+    side = config.high_res_vision_config.image_size
+    return {**_plain(config), "high_res_pixel_values": _pixels(1, 3, side, side)}
+
+
+def _masked(config: Any) -> Pixels:
+    """Tiles, and which of their pixels are of the image (SmolDocling)."""
+    side = side_of(config) or 0
+    mask = torch.ones(1, 1, side, side, dtype=torch.long)
+    return {**_listed(config), "pixel_attention_mask": mask}
+
+
 def _folded(config: Any) -> Pixels:
     """Patches as short films, channels last, each one token (Inkling's way)."""
     vision = config.vision_config
@@ -179,9 +211,9 @@ def _words(config: Any) -> Pixels:
 
 
 SHAPES: tuple[Callable[[Any], Pixels], ...] = (
-    *(_flat, _flat_unmarked, _cut, _folded, _placed, _cropped, _crossed, _words),
-    *(_flattened, _positioned, _questioned, _filmed, _attended),
-    *(_tiled, _marked, _sized, _plain, _listed),
+    *(_merged, _flat, _flat_unmarked, _cut_marked, _cut, _folded, _placed, _cropped, _crossed),
+    *(_words, _flattened, _positioned, _questioned, _filmed, _attended, _twofold, _spaced),
+    *(_masked, _tiled, _marked, _sized, _plain, _listed),
 )
 """The shapes, those that the fewest models take first.
 
