@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from ar_vlm import VlmError
 from ar_vlm.testing import FAMILIES, check, check_images, missing_package
 from ar_vlm.testing.further import FURTHER
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TRIED = (*FURTHER, "qwen3_vl", "mllama")
 
@@ -48,3 +45,14 @@ def test_families_that_need_torchvision_say_so() -> None:
         *("cohere2_vision", "llama4", "phi4_multimodal", "kimi_k25", "molmo2", "lfm2_vl"),
     }
     assert {missing_package(name) for name in FAMILIES if name not in needing} == {None}
+
+
+def test_the_page_has_every_family() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "images.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    needs = {row[0].removeprefix("| "): row[2].strip() for row in rows if len(row) > 5}
+    del needs["family"]
+    assert needs == {
+        name: "torchvision" if family.torchvision else "" for name, family in FAMILIES.items()
+    }
+    assert "fails" not in page

@@ -54,13 +54,12 @@ steps where it is there:
 """
 LEFT = """
 Not tried: models whose code is in their repository and not in Transformers (Phi-3-vision, Molmo,
-Kimi-VL, DeepSeek-VL's first release, InternVL and MiniCPM-V in their own layout). Their code runs
-with `trust_remote_code` only, which is off by default; `trust_remote_code=True` is handed to
-configuration, model, tokenizer and processor alike (`tests/test_vlm_remote.py`: a model whose code lies
-beside its weights). There was no network to fetch the code of these. Where
-the rules do not find a model's eyes, a plugin's `ar_find_adapter` says what they are. What
-Transformers has of these families by itself is above (phi4_multimodal, molmo2, kimi_k25,
-deepseek_vl, internvl).
+Kimi-VL, DeepSeek-VL's first release, InternVL and MiniCPM-V in their own layout); there was no
+network to fetch it. Such code runs with `trust_remote_code` only, which is off by default: without
+it the model is refused with what to do, with it configuration, model, tokenizer and processor may
+run code alike (`tests/test_vlm_remote.py`: a model whose code lies beside its weights). Where the
+rules do not find a model's eyes, a plugin's `ar_find_adapter` says what they are. What Transformers
+has of these families by itself is above (phi4_multimodal, molmo2, kimi_k25, deepseek_vl, internvl).
 """
 _FAKE = re.compile(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"')
 
