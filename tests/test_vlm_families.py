@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
+from ar_tuner import AutoRound
+from ar_tuner.testing import tiny_model
 from ar_vlm import VlmError
 from ar_vlm.testing import FAMILIES, check, check_images, missing_package
 from ar_vlm.testing.further import FURTHER
@@ -56,3 +60,14 @@ def test_the_page_has_every_family() -> None:
         name: "torchvision" if family.torchvision else "" for name, family in FAMILIES.items()
     }
     assert "fails" not in page
+
+
+def test_voices_go_along_with_the_weights(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny_model("qwen2_5_omni").save_pretrained(source)
+    torch.save({"Chelsie": {"bos_token": 1}}, source / "spk_dict.pt")
+    job = AutoRound(source, recipe="rtn", group_size=32, model_dtype="float32")
+    made = job.quantize_and_save(tmp_path / "made").path
+    kind = transformers.Qwen2_5OmniForConditionalGeneration
+    opened = kind.from_pretrained(made, local_files_only=True)  # its own: it wants the voices
+    assert opened.speaker_map == {"Chelsie": {"bos_token": 1}}

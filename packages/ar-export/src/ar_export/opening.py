@@ -10,6 +10,7 @@ from ar_export.errors import ExportError
 from ar_export.reader import open_checkpoint
 from ar_kernels import KernelError
 from ar_kernels.hf.fused import joined_experts
+from ar_kernels.hf.plain import plain_opening
 from ar_kernels.hf.understand import understand
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def open_dequantized(found: Readable, dtype: torch.dtype | str = "auto") -> nn.M
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     wanted = _dtype(dtype, config)
-    model, report = architecture(config).from_pretrained(
+    model, report = plain_opening(architecture(config), config)(
         None,
         config=config,
         state_dict=_oriented(dequantized(found, wanted), found, config),

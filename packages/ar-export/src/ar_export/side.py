@@ -19,6 +19,7 @@ _WRITTEN = {
 }
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _KEPT = (".json", ".jsonl", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".spm")
+_VOICES = "spk_dict.pt"  # of Qwen2.5-Omni, whose class does not open without
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 _FOLDERS = ("additional_chat_templates",)
 
@@ -34,6 +35,8 @@ def copy_side_files(source: Path, target: Path, config: Mapping[str, Any]) -> No
 
 def _wanted(path: Path, config: Mapping[str, Any]) -> bool:
     name = path.name
+    if name == _VOICES:
+        return True
     if name.startswith(".") or name in _WRITTEN or name.endswith((*_WEIGHTS, ".index.json")):
         return False
     if path.suffix == ".py":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ar_kernels.hf.plain import plain_opening
 from ar_schemes import ArError
 from ar_tuner import registry
 from ar_tuner.devices import checked_device
@@ -114,7 +115,7 @@ def load_model(
         msg = f"dtype {dtype!r} is not allowed: use one of {', '.join(DTYPES)}"
         raise TunerError(msg)
     config = _model_config(path, trust_remote_code)
-    model, report = _auto_class(config).from_pretrained(
+    model, report = plain_opening(_auto_class(config), config)(
         path,
         dtype=dtype,
         trust_remote_code=trust_remote_code,

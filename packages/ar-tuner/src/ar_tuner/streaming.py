@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ar_kernels.hf.plain import plain_opening
 from ar_tuner.errors import TunerError
 from ar_tuner.residence import Streamed, hollow
 
@@ -108,8 +109,7 @@ def load_without(
             state[target] = _Later(source, piece.sources[0])
         else:
             state |= {name: _Later(source, name) for name in piece.sources}
-    build: Any = type(meta)
-    model, report = build.from_pretrained(
+    model, report = plain_opening(type(meta))(
         None, config=meta.config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     check_whole(path, report)

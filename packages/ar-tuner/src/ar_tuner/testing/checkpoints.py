@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from ar_kernels.hf.plain import plain_opening
 from ar_tuner.errors import TunerError
 from ar_tuner.experts import own_wiring
 
@@ -88,7 +89,7 @@ def reload(folder: Path, kind: Any) -> nn.Module:
 
     import ar_kernels  # noqa: F401 - teaches Transformers the formats
 
-    model, report = kind.from_pretrained(
+    model, report = plain_opening(kind)(
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
     wrong = {
