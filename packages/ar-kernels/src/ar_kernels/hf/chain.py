@@ -51,8 +51,7 @@ class _Ahead:
     def __init__(self, given: Given, outs: Tensor, layers: list[tuple[Any, Room]]) -> None:
         self.mask, self.cos, self.sin = given.mask, given.cos, given.sin
         self.cache = weakref.ref(given.cache)
-        self.outs = outs.clone().unbind()  # given away, may change
-        self.inputs = outs.clone().unbind()
+        self.outs = outs.clone().unbind()
         self.layers, self.at = layers, 0
 
     def next(self, x: Tensor, place: int, given: Given) -> Tensor | None:
@@ -64,11 +63,11 @@ class _Ahead:
         layer, room = self.layers[place]
         if not room.is_untouched(layer):
             return None
-        if place and (x.requires_grad or not torch.equal(x, self.inputs[place - 1])):
+        if place and (x.requires_grad or not torch.equal(x, self.outs[place - 1])):
             return None
         room.keep(layer)
         self.at += 1
-        return self.outs[place]
+        return self.outs[place].clone()  # who gets it may change it
 
 
 class _Run:
