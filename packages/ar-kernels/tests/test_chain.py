@@ -119,6 +119,17 @@ def test_what_is_added_between_blocks_counts(
     assert runs
 
 
+def test_another_type_between_blocks_is_seen(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told(model)
+    first = model.model.layers[0]
+    narrow = first.register_forward_hook(lambda *given: given[2].bfloat16())
+    # what follows multiplies in float32 again
+    wide = model.model.layers[1].register_forward_pre_hook(lambda _, given: (given[0].float(),))
+    assert torch.equal(told(model), alone(model, monkeypatch))
+    narrow.remove()
+    wide.remove()
+
+
 def test_a_hook_in_a_later_block_is_called(model: Any) -> None:
     told(model)
     calls = []
