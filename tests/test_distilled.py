@@ -187,8 +187,10 @@ def test_a_quantized_embedding_is_float_again_in_the_reference(
         check=lambda path, of, tuned: reports.append(verify(path, expected=of, against=tuned)),
     )
     (found, wanted), (quantized, _) = seen
-    assert torch.equal(found, wanted)
-    assert not torch.equal(quantized, wanted)
+    # attention and norms of the stage round to bf16 in other places
+    off, of_quantized = ((one - wanted).norm() / wanted.norm() for one in (found, quantized))
+    assert off < 0.01
+    assert off < 0.2 * of_quantized
     assert not torch.equal(
         model.get_input_embeddings().weight, source_of(demo_model).lm_head.weight
     )
