@@ -167,6 +167,22 @@ def test_a_cropped_and_a_shared_cache(model: Any, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(found, follow())
 
 
+def test_a_copied_cache_goes_its_own_way(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def follow() -> torch.Tensor:
+        with torch.inference_mode():
+            cache = model(PROMPT, use_cache=True).past_key_values
+            told(model, steps=3, cache=cache)
+            other = copy.deepcopy(cache)
+            first = told(model, steps=3, cache=cache)
+            return torch.stack([first, told(model, steps=3, cache=other)])
+
+    found = follow()
+    assert torch.equal(found[0], found[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(chain.Chain, "output", lambda *_: None)
+        assert torch.equal(found, follow())
+
+
 def test_a_pass_that_ends_early_leaves_nothing_behind(model: Any) -> None:
     expected = told(model, steps=4)
     with torch.inference_mode():

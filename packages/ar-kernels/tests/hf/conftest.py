@@ -31,6 +31,24 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 W4 = {"bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    **W4,
+    "iters": 0,
+    "autoround_version": "0.16.1",
+    "block_name_to_quantize": "model.layers",
+}
+GPTQ = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": 32,
+    "sym": True,
+    "desc_act": False,
+    "checkpoint_format": "gptq",
+    "lm_head": False,
+}
+CONFIGS = {config["quant_method"]: config for config in (AUTO_ROUND, GPTQ)}
 IDS = torch.arange(24).reshape(2, 12)
 
 
@@ -62,9 +80,11 @@ def write(
 ) -> nn.Module:
     """Write a checkpoint; return the float32 model that holds its dequantized weights.
 
+    `config`: its `quant_method`, and what differs from what that tool writes.
     `schemes`: end of a layer's name to what differs from `config`, None to leave it dense. The
     head is quantized only when named.
     """
+    config = CONFIGS[config["quant_method"]] | config
     model = model_of(kind, tied=tied)
     tensors = {k: v.clone() for k, v in model.state_dict().items()}
     if tied:

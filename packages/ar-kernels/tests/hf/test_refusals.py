@@ -12,15 +12,7 @@ transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 
-W4 = {"bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
-AUTO_ROUND = {
-    "quant_method": "auto-round",
-    "packing_format": "auto_round:auto_gptq",
-    **W4,
-    "iters": 0,
-    "autoround_version": "0.16.1",
-    "block_name_to_quantize": "model.layers",
-}
+AUTO_ROUND = {"quant_method": "auto-round"}
 
 
 @pytest.mark.parametrize(

@@ -14,24 +14,8 @@ transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 
-W4 = {"bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
-AUTO_ROUND = {
-    "quant_method": "auto-round",
-    "packing_format": "auto_round:auto_gptq",
-    **W4,
-    "iters": 0,
-    "autoround_version": "0.16.1",
-    "block_name_to_quantize": "model.layers",
-}
-GPTQ = {
-    "quant_method": "gptq",
-    "bits": 4,
-    "group_size": 32,
-    "sym": True,
-    "desc_act": False,
-    "checkpoint_format": "gptq",
-    "lm_head": False,
-}
+AUTO_ROUND = {"quant_method": "auto-round"}
+GPTQ = {"quant_method": "gptq"}
 NATIVE = pytest.mark.skipif(library.missing() is not None, reason="no native library")
 IDS = torch.arange(24).reshape(2, 12)
 
