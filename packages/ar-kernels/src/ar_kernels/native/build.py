@@ -30,6 +30,7 @@ _EXACT = ("-ffp-contract=off",)
 """What tuning computes is compared to the bit with torch's separate operations."""
 UNITS: dict[str, tuple[str, ...]] = {
     "kernel_avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vbmi"),
+    "kernel_digits": (*_AVX512, "-mavx512vnni", "-mavx512vbmi"),
     "kernel_avx512": _AVX512,
     "kernel_avx2": _AVX2,
     "kernel_portable": (),
@@ -44,7 +45,7 @@ UNITS: dict[str, tuple[str, ...]] = {
 }
 """Sources, longest to compile first, and the instructions each may use."""
 _X86_ONLY = (
-    *("kernel_avx512_bf16", "kernel_avx512", "kernel_avx2"),
+    *("kernel_avx512_bf16", "kernel_digits", "kernel_avx512", "kernel_avx2"),
     *("tuning_avx512", "tuning_avx2"),
 )
 FLAGS = (

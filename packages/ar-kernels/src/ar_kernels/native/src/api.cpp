@@ -16,7 +16,8 @@ static bool has_avx512() {
 }
 static bool has_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("avx512vbmi");
+         __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 
 const Kernels* kernels(int64_t isa) {

@@ -9,7 +9,7 @@ namespace ar {
 static constexpr Steps kSteps = {widen<V256>,  float_product<V256, Dots<V256>>, norm<V256>,
                                  attend<V256>, pair<V256>,          turn<V256>};
 
-extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},    4, 0, prepare<V256>,
+extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},    4, 0, false, prepare<V256>,
                               multiply<V256>, expand<V256>, read_all<V256>,
                               &kSteps};
 

@@ -13,7 +13,7 @@ void expand_avx512(const Job& job, int64_t origin, int64_t begin, int64_t end) {
 static constexpr Steps kSteps = {widen<V512>,  float_product<V512, Dots<V512>>, norm<V512>,
                                  attend<V512>, pair<V512>,          turn<V512>};
 
-extern const Kernels kAvx512 = {"avx512",       {1, 1, 1},     4, 0, prepare<V512>,
+extern const Kernels kAvx512 = {"avx512",       {1, 1, 1},     4, 0, false, prepare<V512>,
                                 multiply<V512>, expand_avx512, read_all<V512>,
                                 &kSteps};
 

@@ -161,9 +161,10 @@ float read_all(const uint8_t* p, int64_t bytes) {
   for (auto& a : acc) a = V::zero();
   constexpr int64_t step = 8 * V::N * 4;
   for (int64_t i = 0; i + step <= bytes; i += step) {
-    for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(p + i + 4096 + line);
-    for (int v = 0; v < 8; ++v)
+    for (int v = 0; v < 8; ++v) {
+      if (v * V::N * 4 % 64 == 0) __builtin_prefetch(p + i + v * V::N * 4 + 6144, 0, 2);
       acc[v] = V::add(acc[v], V::load(reinterpret_cast<const float*>(p + i) + v * V::N));
+    }
   }
   auto all = acc[0];
   for (int v = 1; v < 8; ++v) all = V::add(all, acc[v]);

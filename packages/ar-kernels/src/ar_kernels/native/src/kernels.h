@@ -9,6 +9,11 @@ namespace ar {
 constexpr int kTile = 6;            // virtual rows of a tile: divisible by 1, 2 and 3 pieces
 constexpr int kTilesAtOnce = 16;    // tiles whose sums stay in the second-level cache
 
+// What a segment's inputs were divided by to become whole numbers, and the sum of those.
+struct Digits {
+  float size, sum;
+};
+
 struct Job {
   Format format;
   const uint8_t* blob;   // header
@@ -24,6 +29,7 @@ struct Job {
   void* packed;          // x as the kernel reads it
   float* sums;           // sums of x over groups, one for each group and virtual row, or null
   float* bases;          // where codes are read in place: what each group adds too much, or null
+  Digits* digits;        // where they are whole numbers: one for each segment, or null
 };
 
 // What is added to every zero point; weights without groups have neither.
@@ -100,6 +106,7 @@ struct Kernels {
   int pieces[3];     // virtual rows for a row of fp32, fp16, bf16
   int element;       // bytes of a packed input of one virtual row
   int in_place_rows; // most rows for which narrow integers are read in place (see Job::bases)
+  bool digits;       // a row of bf16 becomes whole numbers for integers of up to 4 bits
   void (*prepare)(const Job&, int64_t tile_begin, int64_t tile_end);
   void (*multiply)(const Job&, int64_t strip_begin, int64_t strip_end);
   // Writes features [strip_begin * 64, ...) to y as rows of `y_stride` values of type `dtype`,
@@ -108,6 +115,9 @@ struct Kernels {
   float (*read)(const uint8_t*, int64_t bytes);
   const Steps* steps;
 };
+
+void prepare_digits(const Job&);
+void multiply_digits(const Job&, int64_t strip_begin, int64_t strip_end);
 
 void expand_avx512(const Job&, int64_t origin, int64_t strip_begin, int64_t strip_end);
 

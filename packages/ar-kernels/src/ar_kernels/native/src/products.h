@@ -51,24 +51,28 @@ inline Job job_of(const Kernels& k, const Format& f, const uint8_t* blob, const 
 
 // Bytes of a product's inputs as the kernels read them.
 struct Inputs {
-  int64_t packed, sums, bases;
-  int64_t all() const { return ceil_div(packed + sums + bases, 64) * 64; }
+  int64_t packed, sums, bases, digits;
+  int64_t all() const { return ceil_div(packed + sums + bases + digits, 64) * 64; }
 };
 
 inline Inputs inputs_of(const Kernels& k, const Job& job) {
   const Format& f = job.format;
   const int64_t virtual_rows = job.rows * job.pieces, tiles = ceil_div(virtual_rows, kTile);
+  if (k.digits && job.rows == 1 && job.dtype == kBF16 && f.kind == kInteger && f.bits <= 4 &&
+      f.group != kUnit)
+    return Inputs{f.blocks * 64, 0, 0, f.blocks * int64_t(sizeof(Digits))};
   const bool needs_sums = f.zero || zero_bias(f, job.blob) != 0;
   const bool in_place = f.kind == kInteger && f.bits <= 6 && f.groups && job.pieces == 1 &&
                         virtual_rows <= k.in_place_rows;
   const int64_t of_groups = tiles * kTile * f.groups * 4;
   return Inputs{ceil_div(tiles * kTile * f.blocks * kDepth * k.element, 64) * 64,
-                needs_sums ? of_groups : 0, in_place ? of_groups : 0};
+                needs_sums ? of_groups : 0, in_place ? of_groups : 0, 0};
 }
 
 // Tells a job where its prepared inputs lie.
 inline void place(const Inputs& inputs, uint8_t* memory, Job* job) {
   job->packed = memory;
+  job->digits = inputs.digits ? reinterpret_cast<Digits*>(memory + inputs.packed) : nullptr;
   job->sums = inputs.sums ? reinterpret_cast<float*>(memory + inputs.packed) : nullptr;
   job->bases =
       inputs.bases ? reinterpret_cast<float*>(memory + inputs.packed + inputs.sums) : nullptr;

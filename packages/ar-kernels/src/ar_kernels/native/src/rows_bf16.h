@@ -1,22 +1,15 @@
 // Products of a strip with few and with many rows of bf16 pairs (AVX512-BF16).
 #pragma once
 #include "decode_bf16.h"
+#include "fetch.h"
 #include "kernel_f32.h"
 
 namespace ar {
 namespace {
 
 constexpr int kInPlaceRows = 2;
-// Bytes of codes fetched ahead of one row's and of many rows' products. The hardware does not
-// follow a stream from one page to the next. Fetches are spread between the products: a block's
-// lines at once fill the queue of misses, which slowed codes of 8 bits to .7 of the speed.
-constexpr int kAheadOfFew = 2048;
-constexpr int kAheadOfMany = 4096;
-
-// The line of a block's codes to ask for at one of its 64 steps (a field and 16 features), or -1.
-constexpr int line_at(int bits, int step) {
-  return step * bits / 16 != (step + 1) * bits / 16 ? step * bits / 16 : -1;
-}
+constexpr int kAheadOfMany = 4096;  // bytes of codes fetched ahead where rows are many
+constexpr int kFetches = 64;         // of a block: a field and 16 features
 
 // Sums of fields [BEGIN, BEGIN + 8) of the four blocks of a strip.
 template <int BITS, int ROWS, int SETS, bool IN_PLACE, int BEGIN>
@@ -24,9 +17,7 @@ AR_INLINE void add_half(const uint8_t* block, const uint32_t* x, const Tables& t
                         __m512 (&acc)[SETS][ROWS][4]) {
   const auto step = [&](auto f, auto c) AR_FORCED {
     constexpr int F = decltype(f)::value, C = decltype(c)::value;
-    // in assembly: compilers move their own prefetches to the front of what is unrolled
-    constexpr int line = line_at(BITS, 4 * F + C);
-    if constexpr (line >= 0) asm volatile("prefetcht0 %0" ::"m"(block[kAheadOfFew + 64 * line]));
+    fetch<BITS, kFetches, 4 * F + C>(block);
     __m512bh w;
     if constexpr (IN_PLACE) w = in_place<BITS, F>(block + C * 64 * BITS);
     else w = weights<BITS, F>(block + C * 64 * BITS, t);
@@ -183,7 +174,7 @@ AR_INLINE void add_rows(const uint8_t* block, const uint32_t* x, const uint32_t*
     constexpr int F = decltype(f)::value;
     __m512bh w[BLOCKS];
     unrolled<0, BLOCKS>([&](auto c) AR_FORCED {
-      constexpr int line = line_at(BITS, 4 * F + C + decltype(c)::value);
+      constexpr int line = line_at(BITS, kFetches, 4 * F + C + decltype(c)::value);
       if constexpr (line >= 0) _mm_prefetch(block + kAheadOfMany + 64 * line, _MM_HINT_T0);
       w[c] = weights<BITS, F>(block + (C + c) * 64 * BITS, t);
     });

@@ -1,0 +1,32 @@
+// Codes fetched before they are multiplied by a row or a few.
+//
+// The hardware does not follow a stream from one page to the next. Lines are asked for between the
+// products: a block's lines at once fill the queue of misses. And they are asked for twice: far
+// ahead into the second-level cache, as lines on their way to the first would take all its places,
+// and from there shortly before (docs/log.md has what each distance gives).
+#pragma once
+#include "common.h"
+
+namespace ar {
+namespace {
+
+constexpr int kFar = 10240, kNear = 2048;  // bytes
+
+// The line of a strip's block of codes to ask for at one of so many steps, or -1.
+constexpr int line_at(int bits, int steps, int step) {
+  const int line = step * 4 * bits / steps;
+  return line != (step + 1) * 4 * bits / steps ? line : -1;
+}
+
+template <int BITS, int STEPS, int STEP>
+AR_INLINE void fetch(const uint8_t* codes) {
+  constexpr int line = line_at(BITS, STEPS, STEP);
+  // in assembly: compilers move their own prefetches to the front of what is unrolled
+  if constexpr (line >= 0) {
+    asm volatile("prefetcht1 %0" ::"m"(codes[kFar + 64 * line]));
+    asm volatile("prefetcht0 %0" ::"m"(codes[kNear + 64 * line]));
+  }
+}
+
+}  // namespace
+}  // namespace ar
