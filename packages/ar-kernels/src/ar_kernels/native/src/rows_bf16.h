@@ -228,8 +228,9 @@ template <int BITS>
 void many_rows_bf16(const Job& job, int64_t begin, int64_t end, const Tables& t) {
   const Format& f = job.format;
   alignas(64) float sums[kTilesAtOnce * kTile * kStrip];
-  // small groups would interrupt the sums too often
-  const bool folds = f.group && f.group < kSegment && scales_fold(f, job.blob);
+  // small groups interrupt the sums, once for each row; folding their scales costs the same for all
+  const bool folds = f.group && f.group < kSegment && job.rows * job.pieces > f.group * 3 / 4 &&
+                     scales_fold(f, job.blob);
   Format segmented = f;
   if (folds) segmented.group = 0;
   tile_runs(job, [&](int64_t first, int64_t tiles, int64_t row, int64_t rows) {
