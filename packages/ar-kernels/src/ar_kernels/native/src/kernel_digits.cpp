@@ -1,13 +1,14 @@
 // Products of one row of bf16 with integers of 2 to 4 bits, by products of bytes (AVX512-VNNI).
 //
-// Bytes are multiplied four at a time where bf16 numbers are by two, and a code needs no more than a
-// mask to become a byte: fields higher up in a byte are summed apart and their sums shifted at the
-// end. So nothing is looked up and nothing is shifted on the way.
+// Bytes are multiplied four at a time where bf16 numbers are by two, and a code needs little more
+// than a mask to become a byte: codes higher up in a byte are summed apart, and their sum is shifted
+// at the end. Nothing is looked up.
 //
 // For that, the inputs of a segment are whole numbers of a power of two, up to 2^15, of which the
 // largest has 15 bits. bf16 has 8, so inputs down to 1/128 of the largest one (at 3 bits 1/64) are
-// exact; smaller ones differ by at most 2^-16 (2^-15) of it. Each is 256 * high + low, two signed
-// bytes. Sums of products are exact: below 2^31 for a segment of 128 inputs.
+// exact; smaller ones differ by at most 2^-15 (2^-14) of it. Each is 256 * high + low, two signed
+// bytes; the one number that would need a third loses 1/32640. Sums of products are exact: below
+// 2^31 for a segment of 128 inputs.
 #include "digits.h"
 
 namespace ar {

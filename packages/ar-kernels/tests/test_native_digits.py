@@ -1,0 +1,99 @@
+"""A row of bf16 times integers of up to 4 bits: inputs become whole numbers of two bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from ar_kernels.native import library as lib
+from ar_kernels.native import packing
+from ar_kernels.native.product import linear
+from ar_kernels.testing import quantized
+from ar_schemes import Granularity, Span, TensorSpec
+
+if TYPE_CHECKING:
+    from ar_kernels import QuantizedWeight
+
+pytestmark = pytest.mark.skipif(
+    isinstance(lib.load(), str) or "avx512_bf16" not in lib.supported(),
+    reason="a processor with AVX512-BF16 and VNNI, and the library",
+)
+ROWS, SEGMENT = 80, 128
+GROUPS = {size: Granularity(Span.GROUP, (size,)) for size in (32, 96, 128, 256)}
+SPECS = tuple(
+    TensorSpec(bits=bits, granularity=granularity, symmetric=symmetric)
+    for bits in (2, 3, 4)
+    for granularity in (*GROUPS.values(), Granularity(Span.CHANNEL))
+    for symmetric in (True, False)
+)
+CASES = tuple(
+    (spec, columns)
+    for spec in SPECS
+    for columns in (768, 800)
+    if spec.granularity.span is Span.CHANNEL or columns % spec.granularity.size[0] == 0
+)
+
+
+def product(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    return linear(x, *packing.pack(weight), isa="avx512_bf16")
+
+
+def allowed(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """Return how far each output may be off before it is rounded, float64 [O].
+
+    Inputs are off by 2^-15 of the largest of their segment, at 3 bits half of them by twice that.
+    A weight without zero point in the middle adds what its zero point does.
+    """
+    spec = weight.spec
+    size = spec.granularity.size[0] if spec.granularity.span is Span.GROUP else x.shape[-1]
+    scale = weight.scale.double().abs().expand(ROWS, -1)
+    most = 2.0**spec.bits * scale.repeat_interleave(-(-x.shape[-1] // scale.shape[-1]), 1)
+    off = torch.zeros(x.shape[-1], dtype=torch.float64)
+    for group in range(0, x.shape[-1], size):
+        for begin in range(group, min(group + size, x.shape[-1]), SEGMENT):
+            end = min(begin + SEGMENT, group + size, x.shape[-1])
+            off[begin:end] = x[0, begin:end].double().abs().max()
+    return most[:, : x.shape[-1]] @ off * 2.0 ** (-14 if spec.bits == 3 else -15)
+
+
+@pytest.mark.parametrize(("spec", "columns"), CASES, ids=str)
+def test_inputs_of_very_different_sizes(spec: TensorSpec, columns: int) -> None:
+    torch.manual_seed(0)
+    weight = quantized(spec, ROWS, columns)
+    sizes = 2.0 ** torch.randint(-24, 8, (1, columns))
+    x = (torch.randn(1, columns) * sizes).bfloat16()
+    expected = (x.double() @ weight.dequantize(torch.float64).t())[0]
+    off = (product(x, weight)[0].double() - expected).abs()
+    assert (off <= allowed(x, weight) + 2.0**-8 * expected.abs()).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_inputs_near_the_largest_are_exact(bits: int) -> None:
+    spec = TensorSpec(bits=bits, granularity=GROUPS[128], symmetric=False)
+    weight = quantized(spec, ROWS, 512)
+    torch.manual_seed(1)
+    steps = torch.randint(-127, 128, (1, 512)) * torch.randint(1, 32, (1, 512))
+    x = (steps.bfloat16() / 64).clamp(-31, 31)
+    expected = x.double() @ weight.dequantize(torch.float64).t()
+    torch.testing.assert_close(product(x, weight).double(), expected, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("value", [0.0, 1e-38, -1e-30, 1.9921875, -1.9921875, 1e30])
+def test_rows_of_one_value(bits: int, value: float) -> None:
+    weight = quantized(TensorSpec(bits=bits, granularity=GROUPS[32], symmetric=False), ROWS, 96)
+    x = torch.full((1, 96), value).bfloat16()
+    expected = x.double() @ weight.dequantize(torch.float64).t()
+    off = (product(x, weight).double() - expected).abs()
+    # the smallest unit is 2^-111: what is below half of it is taken for zero
+    assert (off <= 2.0**-8 * expected.abs() + allowed(x, weight) + 1e-31).all()
+
+
+def test_what_is_not_finite_stays_in_its_row_and_is_seen() -> None:
+    weight = quantized(TensorSpec(bits=4, granularity=GROUPS[32]), ROWS, 96)
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        x = torch.ones(1, 96).bfloat16()
+        x[0, 50] = bad
+        assert not product(x, weight).isfinite().any()
