@@ -53,6 +53,17 @@ def test_a_quantized_head_is_rounded_too(model, rows) -> None:
     assert not torch.equal(made.lm_head.weight, before)
 
 
+def test_a_head_that_is_tied_stays_and_that_is_told(model, rows) -> None:
+    seen = []
+    made = model("qwen3")
+    _, plan = AutoRound(
+        made, dataset=rows, quant_lm_head=True, on_event=seen.append, **QUICK
+    ).quantize()
+    assert "lm_head" not in {r.layer.name for r in plan.quantized}
+    told = [e.text for e in seen if isinstance(e, events.Note) and e.level == "warning"]
+    assert sum("lm_head shares its weight with the embedding" in text for text in told) == 1
+
+
 def test_the_sink_gets_every_tensor_once(model, rows, sinks, tmp_path) -> None:
     made = model("qwen3")
     keys = set(made.state_dict())

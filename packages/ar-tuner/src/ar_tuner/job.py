@@ -303,7 +303,7 @@ def _narrated(
     total = len(job.blocks)
     facts = request.settings.facts()
     emit(events.RunStarted(run_dir, total, len(job.plan.quantized), facts, resumed))
-    for note in staying(job.plan, keep_source=request.settings.keep_source):
+    for note in staying(job.plan, request.settings):
         emit(note)
     eta = Eta(total)
     for outcome in quantize_blocks(_telling(job, emit)):

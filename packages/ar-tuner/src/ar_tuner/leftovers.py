@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ar_kernels import QuantizedWeight
     from ar_schemes import LayerPlan
     from ar_tuner.api import AutoRound, Prepared
+    from ar_tuner.settings import Settings
     from ar_tuner.wiring import Piece
 
 
@@ -70,13 +71,21 @@ def source_names(request: AutoRound, prepared: Prepared) -> dict[str, str]:
     return found
 
 
-def staying(plan: LayerPlan, *, keep_source: bool) -> Iterator[Note]:
+def staying(plan: LayerPlan, settings: Settings) -> Iterator[Note]:
     """Yield what to tell of the layers that are not quantized anew."""
+    heads = (row for row in plan.rows if row.layer.role == "lm_head" and row.layer.tied)
+    for row in heads if settings.quant_lm_head else ():
+        text = (
+            f"quant_lm_head: {row.layer.name} {row.reason}. Give it a weight of its own in the "
+            "source (tie_word_embeddings false), or let ar-kernels pack it as the model is opened "
+            "(head_bits)"
+        )
+        yield Note("warning", text)
     for row in plan.fallbacks:
         yield Note("info", f"{row.layer.name} stays in 16 bit: {row.reason}")
     for name, count in Counter(row.written.name for row in plan.kept).items():
         yield Note("info", f"{count} layers stay {name}, as the source stores them")
-    if keep_source and not plan.kept:
+    if settings.keep_source and not plan.kept:
         text = "keep_source: the source stores no layer quantized that is not quantized anew"
         yield Note("warning", text)
 
