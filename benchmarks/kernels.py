@@ -9,9 +9,10 @@ the memory gives a plain read loop in the same minute, the speed against `F.line
 ||y - y64|| / ||y64|| against a float64 product with the same dequantized weight.
 
 Calls go round over copies of the weight that together exceed the caches, so weights come from
-memory, as in decoding. Implementations take turns in short rounds: whatever else the machine does
-meets all of them alike. `--peer-python` names an interpreter with `auto-round-lib`, which runs the
-same shapes in a process of its own right after each of ours. All processors are used.
+memory, as in decoding. Everybody's copies, and what the plain loop reads, lie in large pages.
+Implementations take turns in short rounds: whatever else the machine does meets all of them alike.
+`--peer-python` names an interpreter with `auto-round-lib`, which runs the same shapes in a process
+of its own right after each of ours. All processors are used.
 
 `--page` writes the tables between the markers of a page; `--json` keeps rows for later calls, so
 that shapes may be measured one at a time.
@@ -37,6 +38,7 @@ from torch.nn import functional
 import ar_kernels
 from ar_kernels.backends import Need, PackedWeight
 from ar_kernels.native import library
+from ar_kernels.native.arena import large_pages
 from ar_kernels.native.product import read_bandwidth
 from ar_schemes import Granularity, Span, TensorSpec
 
@@ -193,7 +195,7 @@ def _rounds(
     """Return (seconds of each call by implementation, bytes per second that memory gives)."""
     times: dict[str, list[float]] = {one.name: [] for one in made}
     reads: list[float] = []
-    buffer = torch.ones(2 * CACHES, dtype=torch.uint8)
+    buffer = large_pages(2 * CACHES).fill_(1)
     inputs = {one.name: x.to(one.dtype) for one in made}
     for one in made:
         one.calls[0](inputs[one.name])
@@ -233,7 +235,9 @@ def candidates(weight: Tensor, specs: list[str]) -> list[Candidate]:
 
 
 def _copies(tensor: Tensor, size: int) -> list[Tensor]:
-    return [tensor, *(tensor.clone() for _ in range(CACHES // size))]
+    """Return copies of a weight in large pages of memory, as those of opened models lie."""
+    homes = (large_pages(tensor.numel() * tensor.itemsize) for _ in range(CACHES // size + 1))
+    return [home.view(tensor.dtype).view(tensor.shape).copy_(tensor) for home in homes]
 
 
 def _ours(weight: Tensor, name: str, dtype: torch.dtype) -> Candidate:

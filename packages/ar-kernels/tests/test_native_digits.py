@@ -14,11 +14,14 @@ from ar_kernels.testing import quantized
 from ar_schemes import Granularity, Span, TensorSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ar_kernels import QuantizedWeight
 
+    Product = Callable[[torch.Tensor, QuantizedWeight], torch.Tensor]
+
 pytestmark = pytest.mark.skipif(
-    isinstance(lib.load(), str) or "avx512_bf16" not in lib.supported(),
-    reason="a processor with AVX512-BF16 and VNNI, and the library",
+    isinstance(lib.load(), str), reason=f"not built: {lib.BUILD} builds it"
 )
 ROWS, SEGMENT = 80, 128
 GROUPS = {size: Granularity(Span.GROUP, (size,)) for size in (32, 96, 128, 256)}
@@ -36,8 +39,14 @@ CASES = tuple(
 )
 
 
-def product(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    return linear(x, *packing.pack(weight), isa="avx512_bf16")
+def isas() -> list[str]:
+    found = () if isinstance(lib.load(), str) else lib.supported()
+    return [isa for isa in found if isa != "portable"]
+
+
+@pytest.fixture(params=isas())
+def product(request: pytest.FixtureRequest) -> Product:
+    return lambda x, weight: linear(x, *packing.pack(weight), isa=request.param)
 
 
 def allowed(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
@@ -59,7 +68,7 @@ def allowed(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("spec", "columns"), CASES, ids=str)
-def test_inputs_of_very_different_sizes(spec: TensorSpec, columns: int) -> None:
+def test_inputs_of_very_different_sizes(spec: TensorSpec, columns: int, product: Product) -> None:
     torch.manual_seed(0)
     weight = quantized(spec, ROWS, columns)
     sizes = 2.0 ** torch.randint(-24, 8, (1, columns))
@@ -70,7 +79,7 @@ def test_inputs_of_very_different_sizes(spec: TensorSpec, columns: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_inputs_near_the_largest_are_exact(bits: int) -> None:
+def test_inputs_near_the_largest_are_exact(bits: int, product: Product) -> None:
     spec = TensorSpec(bits=bits, granularity=GROUPS[128], symmetric=False)
     weight = quantized(spec, ROWS, 512)
     torch.manual_seed(1)
@@ -82,7 +91,7 @@ def test_inputs_near_the_largest_are_exact(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("value", [0.0, 1e-38, -1e-30, 1.9921875, -1.9921875, 1e30])
-def test_rows_of_one_value(bits: int, value: float) -> None:
+def test_rows_of_one_value(bits: int, value: float, product: Product) -> None:
     weight = quantized(TensorSpec(bits=bits, granularity=GROUPS[32], symmetric=False), ROWS, 96)
     x = torch.full((1, 96), value).bfloat16()
     expected = x.double() @ weight.dequantize(torch.float64).t()
@@ -91,9 +100,16 @@ def test_rows_of_one_value(bits: int, value: float) -> None:
     assert (off <= 2.0**-8 * expected.abs() + allowed(x, weight) + 1e-31).all()
 
 
-def test_what_is_not_finite_stays_in_its_row_and_is_seen() -> None:
+def test_what_is_not_finite_is_seen(product: Product) -> None:
     weight = quantized(TensorSpec(bits=4, granularity=GROUPS[32]), ROWS, 96)
     for bad in (float("inf"), float("-inf"), float("nan")):
         x = torch.ones(1, 96).bfloat16()
         x[0, 50] = bad
         assert not product(x, weight).isfinite().any()
+
+
+def test_instruction_sets_give_the_same_bits() -> None:
+    weight = quantized(TensorSpec(bits=3, granularity=GROUPS[128], symmetric=False), ROWS, 512)
+    x = torch.randn(1, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
+    found = [linear(x, *packing.pack(weight), isa=isa) for isa in isas()]
+    assert all(torch.equal(one, found[0]) for one in found)

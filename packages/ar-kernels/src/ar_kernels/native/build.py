@@ -30,7 +30,7 @@ _EXACT = ("-ffp-contract=off",)
 """What tuning computes is compared to the bit with torch's separate operations."""
 UNITS: dict[str, tuple[str, ...]] = {
     "kernel_avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vbmi"),
-    "kernel_digits": (*_AVX512, "-mavx512vnni", "-mavx512vbmi"),
+    "kernel_digits": (*_AVX512, "-mavx512vnni"),
     "kernel_avx512": _AVX512,
     "kernel_avx2": _AVX2,
     "kernel_portable": (),

@@ -14,17 +14,17 @@ static bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+static bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 static bool has_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("avx512vbmi") &&
-         __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512vbmi") && has_vnni();
 }
 
 const Kernels* kernels(int64_t isa) {
   __builtin_cpu_init();
   if (isa == 0) return &kPortable;
   if (isa == 1) return has_avx2() ? &kAvx2 : nullptr;
-  if (isa == 2) return has_avx512() ? &kAvx512 : nullptr;
+  if (isa == 2) return has_vnni() ? &kAvx512Vnni : has_avx512() ? &kAvx512 : nullptr;
   if (isa == 3) return has_bf16() ? &kAvx512Bf16 : nullptr;
   return nullptr;
 }
@@ -41,7 +41,7 @@ void prepare(const ar_runtime* rt, const Kernels& k, const Inputs& inputs, uint8
   place(inputs, memory, job);
   const int64_t tile_work = kTile * job->format.blocks * kDepth;
   parallel(rt, input_tiles(*job), ceil_div(kWorthAThread * 4, tile_work),
-           [&](int64_t b, int64_t e) { k.prepare(*job, b, e); });
+           [&](int64_t b, int64_t e) { prepare_tiles(k, *job, b, e); });
 }
 
 int32_t multiply(const ar_runtime* rt, const Kernels& k, const Format& f, const uint8_t* blob,
@@ -54,7 +54,7 @@ int32_t multiply(const ar_runtime* rt, const Kernels& k, const Format& f, const 
   if (memory == nullptr) return kNoMemory;
   prepare(rt, k, inputs, memory, &job);
   parallel(rt, f.strips, ceil_div(kWorthAThread, strip_work(job)),
-           [&](int64_t b, int64_t e) { k.multiply(job, b, e); });
+           [&](int64_t b, int64_t e) { multiply_strips(k, job, b, e); });
   return kOk;
 }
 

@@ -133,22 +133,22 @@ void copy_heads(const ar_copy& c, int64_t begin, int64_t end) {
   }
 }
 
-void multiply_strips(const Kernels& k, const Products& all, int64_t begin, int64_t end) {
+void multiply_all(const Kernels& k, const Products& all, int64_t begin, int64_t end) {
   for (int64_t i = 0, first = 0; i < all.count; first = all.ends[i++]) {
     const int64_t from = begin > first ? begin : first;
     const int64_t to = end < all.ends[i] ? end : all.ends[i];
-    if (from < to) k.multiply(all.jobs[i], from - first, to - first);
+    if (from < to) multiply_strips(k, all.jobs[i], from - first, to - first);
   }
 }
 
 void prepare_inputs(const Kernels& k, const Products& all) {
   for (int64_t i = 0; i < all.count; ++i)
-    if (!all.shares[i]) k.prepare(all.jobs[i], 0, input_tiles(all.jobs[i]));
+    if (!all.shares[i]) prepare_tiles(k, all.jobs[i], 0, input_tiles(all.jobs[i]));
 }
 
 void run_call(const Kernels& k, const Call& call, int64_t begin, int64_t end) {
   switch (call.kind) {
-    case kProducts: return multiply_strips(k, call.products, begin, end);
+    case kProducts: return multiply_all(k, call.products, begin, end);
     case kNorm: return k.steps->norm(call.norm, begin, end);
     case kAttend: return k.steps->attend(call.attention, begin, end);
     case kGate:

@@ -13,8 +13,13 @@ void expand_avx512(const Job& job, int64_t origin, int64_t begin, int64_t end) {
 static constexpr Steps kSteps = {widen<V512>,  float_product<V512, Dots<V512>>, norm<V512>,
                                  attend<V512>, pair<V512>,          turn<V512>};
 
-extern const Kernels kAvx512 = {"avx512",       {1, 1, 1},     4, 0, false, prepare<V512>,
-                                multiply<V512>, expand_avx512, read_all<V512>,
-                                &kSteps};
+// VNNI came with later processors than the rest.
+static constexpr Kernels with_digits(const ByDigits* digits) {
+  return Kernels{"avx512",      {1, 1, 1}, 4, 0, digits, prepare<V512>, multiply<V512>,
+                 expand_avx512, read_all<V512>, &kSteps};
+}
+
+extern const Kernels kAvx512 = with_digits(&kDigitsAvx2);
+extern const Kernels kAvx512Vnni = with_digits(&kDigitsVnni);
 
 }  // namespace ar

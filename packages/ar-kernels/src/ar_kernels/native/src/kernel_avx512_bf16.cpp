@@ -36,7 +36,6 @@ void multiply_bits(const Job& job, int64_t begin, int64_t end) {
 }
 
 void multiply_bf16(const Job& job, int64_t begin, int64_t end) {
-  if (job.digits) return multiply_digits(job, begin, end);
   switch (job.format.bits) {
     case 2: return multiply_bits<2>(job, begin, end);
     case 3: return multiply_bits<3>(job, begin, end);
@@ -68,7 +67,6 @@ Powers powers(int bits) {
 
 // Rows of x as packed[tile][pair of inputs][virtual row], and the sums of virtual rows over groups.
 void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
-  if (job.digits) return prepare_digits(job);
   const Format& f = job.format;
   const int64_t depth = f.blocks * kDepth, pairs = depth / 2;
   const int64_t per = kTile / job.pieces;
@@ -125,7 +123,7 @@ void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
 static constexpr Steps kSteps = {widen<V>,  float_product<V, DotsOfPairs>, norm<V>,
                                  attend<V>, pair<V>,                       turn<V>};
 
-extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1}, 4, kInPlaceRows, true,
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1}, 4, kInPlaceRows, &kDigitsVnni,
                                     prepare_bf16,  multiply_bf16, expand_avx512, read_all<V>,
                                     &kSteps};
 

@@ -101,12 +101,18 @@ struct Steps {
   void (*turn)(const TurnJob&, int64_t begin, int64_t end);      // heads of all sequences
 };
 
+// Products where inputs are whole numbers (digits.h).
+struct ByDigits {
+  void (*prepare)(const Job&);
+  void (*multiply)(const Job&, int64_t strip_begin, int64_t strip_end);
+};
+
 struct Kernels {
   const char* name;
   int pieces[3];     // virtual rows for a row of fp32, fp16, bf16
   int element;       // bytes of a packed input of one virtual row
   int in_place_rows; // most rows for which narrow integers are read in place (see Job::bases)
-  bool digits;       // a row of bf16 becomes whole numbers for integers of up to 4 bits
+  const ByDigits* digits;  // for a row of bf16 and integers of up to 4 bits, or null
   void (*prepare)(const Job&, int64_t tile_begin, int64_t tile_end);
   void (*multiply)(const Job&, int64_t strip_begin, int64_t strip_end);
   // Writes features [strip_begin * 64, ...) to y as rows of `y_stride` values of type `dtype`,
@@ -116,14 +122,14 @@ struct Kernels {
   const Steps* steps;
 };
 
-void prepare_digits(const Job&);
-void multiply_digits(const Job&, int64_t strip_begin, int64_t strip_end);
-
 void expand_avx512(const Job&, int64_t origin, int64_t strip_begin, int64_t strip_end);
 
+extern const ByDigits kDigitsAvx2;
+extern const ByDigits kDigitsVnni;
 extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vnni;  // AVX512 as it is, but for digits
 extern const Kernels kAvx512Bf16;
 
 }  // namespace ar

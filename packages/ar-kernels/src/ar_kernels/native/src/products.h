@@ -78,6 +78,16 @@ inline void place(const Inputs& inputs, uint8_t* memory, Job* job) {
       inputs.bases ? reinterpret_cast<float*>(memory + inputs.packed + inputs.sums) : nullptr;
 }
 
+inline void prepare_tiles(const Kernels& k, const Job& job, int64_t begin, int64_t end) {
+  if (job.digits) k.digits->prepare(job);
+  else k.prepare(job, begin, end);
+}
+
+inline void multiply_strips(const Kernels& k, const Job& job, int64_t begin, int64_t end) {
+  if (job.digits) k.digits->multiply(job, begin, end);
+  else k.multiply(job, begin, end);
+}
+
 inline int64_t input_tiles(const Job& job) { return ceil_div(job.rows * job.pieces, kTile); }
 
 inline int64_t strip_work(const Job& job) {

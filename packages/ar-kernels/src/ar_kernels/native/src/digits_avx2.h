@@ -1,0 +1,65 @@
+// Products by bytes by AVX2: pairs into sums of 16 bits, and a block's sums into 32.
+#pragma once
+#include "v256.h"
+
+#include "digits.h"
+
+namespace ar {
+namespace {
+
+struct Pairs {
+  using V = V256;
+  using I = __m256i;
+  static constexpr int kBlocks = 1;  // that are multiplied together: 16 registers hold no more
+
+  // Eight products of a code (at most 15, or 14 and 7) and a byte fit in 16 bits, twice over.
+  struct Sums {
+    I high, low, short_high, short_low;
+    void clear() { high = low = short_high = short_low = _mm256_setzero_si256(); }
+    AR_INLINE void add(I codes, I x_high, I x_low) {
+      short_high = _mm256_add_epi16(short_high, _mm256_maddubs_epi16(codes, x_high));
+      short_low = _mm256_add_epi16(short_low, _mm256_maddubs_epi16(codes, x_low));
+    }
+    AR_INLINE void close() {
+      const I ones = _mm256_set1_epi16(1);
+      high = _mm256_add_epi32(high, _mm256_madd_epi16(short_high, ones));
+      low = _mm256_add_epi32(low, _mm256_madd_epi16(short_low, ones));
+      short_high = short_low = _mm256_setzero_si256();
+    }
+    AR_INLINE V::F total() const {
+      return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(high, 8), low));
+    }
+  };
+
+  static AR_INLINE I load(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const I*>(p));
+  }
+  static AR_INLINE I keep(I v, int mask) {
+    return _mm256_and_si256(v, _mm256_set1_epi16(short(mask)));
+  }
+  static AR_INLINE I with(I a, I b, int mask) { return _mm256_or_si256(a, keep(b, mask)); }
+  template <int N>
+  static AR_INLINE I right(I v) {
+    return N ? _mm256_srli_epi16(v, N) : v;
+  }
+  template <int N>
+  static AR_INLINE I left(I v) {
+    return _mm256_slli_epi16(v, N);
+  }
+  static AR_INLINE I quad(const uint8_t* p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+  }
+
+  static AR_INLINE void split(const int16_t* number, const Order& order, uint8_t* out) {
+    for (int i = 0; i < kDepth; ++i) {
+      const int n = number[order.from[i]];
+      out[i] = uint8_t((n + 128) >> 8);
+      out[kDepth + i] = uint8_t(n);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace ar
