@@ -24,6 +24,18 @@ AR_INLINE void unrolled(Fn&& fn) {
   }
 }
 
+AR_INLINE float float_of(uint32_t bits) {
+  float out;
+  memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+AR_INLINE uint32_t bits_of(float v) {
+  uint32_t out;
+  memcpy(&out, &v, sizeof out);
+  return out;
+}
+
 // A run of inputs that share a scale, in units of 16.
 struct Segment {
   int64_t unit, units, group;

@@ -63,11 +63,7 @@ struct Unit {
 inline Unit unit_of(uint32_t most) {
   if (most >= 0x7f80) return Unit{__builtin_nanf(""), 0.0f};
   const uint32_t exponent = most >> 7 > 30 ? most >> 7 : 30;  // the inverse must be finite
-  const uint32_t size = (exponent - 14) << 23, inverse = (268 - exponent) << 23;
-  Unit out;
-  memcpy(&out.size, &size, 4);
-  memcpy(&out.inverse, &inverse, 4);
-  return out;
+  return Unit{float_of((exponent - 14) << 23), float_of((268 - exponent) << 23)};
 }
 
 // Writes a block's inputs as whole numbers and returns the sum of what they stand for.

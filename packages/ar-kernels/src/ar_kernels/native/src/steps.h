@@ -1,7 +1,7 @@
 // What a decoding step needs beside products with packed weights, for any vector type V: products
 // of a few rows with a float weight, norms, and the attention of one new token.
 #pragma once
-#include "common.h"
+#include "exponential.h"
 
 namespace ar {
 namespace {
@@ -144,24 +144,6 @@ void norm(const NormJob& job, int64_t begin, int64_t end) {
       }
     }
   });
-}
-
-// e^x for x <= 0; relative error below 2e-7.
-AR_INLINE float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded to a whole number
-  const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;    // ln 2 in two parts
-  float p = 1.0f / 5040;
-  p = p * f + 1.0f / 720;
-  p = p * f + 1.0f / 120;
-  p = p * f + 1.0f / 24;
-  p = p * f + 1.0f / 6;
-  p = p * f + 0.5f;
-  p = p * f * f + f + 1.0f;
-  const int32_t bits = (int32_t(n) + 127) << 23;
-  float power;
-  memcpy(&power, &bits, 4);
-  return p * power;
 }
 
 // Scores become weights that sum to one; all zeros where nothing may be seen.

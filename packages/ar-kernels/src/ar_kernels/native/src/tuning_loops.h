@@ -1,7 +1,7 @@
 // The loops of tuning.h in plain C++: each including file compiles them for its instruction set,
 // without contracting products and sums, so that all give what torch's separate operations give.
 #pragma once
-#include "common.h"
+#include "exponential.h"
 #include "tuning.h"
 
 namespace ar {
@@ -9,18 +9,6 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr uint32_t kExponent = 0x7f800000, kMagnitude = 0x7fffffff;
-
-AR_INLINE float float_of(uint32_t bits) {
-  float out;
-  memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-AR_INLINE uint32_t bits_of(float v) {
-  uint32_t out;
-  memcpy(&out, &v, sizeof out);
-  return out;
-}
 
 AR_INLINE float magnitude(float v) { return float_of(bits_of(v) & kMagnitude); }
 
@@ -230,22 +218,6 @@ void move(const MoveJob& job, int64_t begin, int64_t end) {
     if (job.latent.zero) move_groups<TYPE, true>(job, begin, end);
     else move_groups<TYPE, false>(job, begin, end);
   });
-}
-
-// e^x for x <= 0; relative error below 2e-7.
-AR_INLINE float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // a whole number in its last bits
-  const float n = shifted - 12582912.0f;
-  const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.0f / 5040;
-  p = p * f + 1.0f / 720;
-  p = p * f + 1.0f / 120;
-  p = p * f + 1.0f / 24;
-  p = p * f + 1.0f / 6;
-  p = p * f + 0.5f;
-  p = p * f * f + f + 1.0f;
-  return p * float_of((bits_of(shifted) << 23) + (127u << 23));
 }
 
 // The largest of a row; the order of comparisons makes it vectors.
