@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ar_kernels import KernelError, QuantizedWeight, backend
 from ar_kernels.backends import Need, PackedWeight
-from ar_kernels.ops import quant_linear
+from ar_kernels.ops import multiply, quant_linear
 from ar_kernels.testing import quantized
 from ar_schemes import Granularity, Span, TensorSpec
 
@@ -110,3 +112,24 @@ def test_autocast_returns_the_type_of_the_activations() -> None:
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(KernelError, match="unknown backend 'nowhere'"):
         quant_linear(torch.ones(1, COLUMNS), [], [], None, "nowhere", ROWS)
+
+
+def test_whoever_records_ops_sees_the_op_and_gets_the_same() -> None:
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, ARG002
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    _, ready = packed("reference")
+    call = (list(ready.buffers.values()), list(ready.meta), None, "reference", ROWS)
+    x = torch.randn(3, COLUMNS)
+    with torch.no_grad():
+        alone = multiply(x, *call)
+        with Recorder():
+            recorded = multiply(x, *call)
+        graph = make_fx(lambda x: multiply(x, *call))(x)
+    assert any("quant_linear_plain" in name for name in seen)
+    assert "quant_linear_plain" in str(graph.graph)
+    assert torch.equal(alone, recorded)
+    assert torch.equal(alone, graph(x))
