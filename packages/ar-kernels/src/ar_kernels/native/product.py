@@ -56,7 +56,7 @@ def linear(
     if x.numel() >= columns * _EXPAND_FROM.get((isa, x.dtype), 1 << 62):
         flat = x.reshape(-1, columns)
         return _by_expansion(flat, blob, meta, bias, isa).view(*x.shape[:-1], rows)
-    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    out = x.new_empty((*x.shape[:-1], rows))
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
     product = product_of(x, out, bias)
@@ -164,7 +164,7 @@ def _isa(isa: str | None, meta: tuple[int, ...], dtype: torch.dtype) -> str:
 
 
 def _check(x: Tensor, columns: int) -> None:
-    if x.dtype not in lib.DTYPES or x.device.type != "cpu" or x.shape[-1] != columns:
+    if x.dtype not in lib.DTYPES or not x.is_cpu or x.shape[-1] != columns:
         msg = (
             f"x is {x.dtype} {list(x.shape)} on {x.device}; the native CPU kernels need float32, "
             f"float16 or bfloat16 [..., {columns}] on the CPU"
