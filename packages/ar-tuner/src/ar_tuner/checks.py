@@ -29,10 +29,10 @@ _CHOICES = {
 }
 _SWITCHES = (
     *("quant_lm_head", "enable_quanted_input", "enable_minmax_tuning", "not_use_best_mse"),
-    *("enable_alg_ext", "enable_adam", "enable_deterministic_algorithms", "fold", "token_weights"),
+    *("enable_alg_ext", "enable_adam", "enable_deterministic_algorithms", "token_weights"),
     *("quant_nontext_module", "keep_source"),
 )
-_OPEN = ("disable_opt_rtn", "distill", "clip_activations")
+_OPEN = ("disable_opt_rtn", "distill", "clip_activations", "fold")
 """Switches that may be left open."""
 SCALES = "scales"
 """Of `distill`: codes stay."""
@@ -150,7 +150,7 @@ def _check_together(settings: Settings) -> None:
             "recipe 'rtn' rounds with plain scales: for searched ones choose recipe 'opt_rtn'",
         ),
         (
-            settings.fold and settings.nblocks > 1,
+            bool(settings.fold) and settings.nblocks > 1,
             f"fold looks at one block at a time, nblocks {settings.nblocks} tunes several as one",
         ),
         (

@@ -12,7 +12,7 @@ from ar_tuner.blocks import Block, weight_of
 from ar_tuner.determinism import deterministic
 from ar_tuner.errors import TunerError
 from ar_tuner.exact import weight_finder
-from ar_tuner.folding.store import foldable, gains_of, keep_block, loader
+from ar_tuner.folding.store import foldable, folds, gains_of, keep_block, loader
 from ar_tuner.leftovers import (
     install_outside,
     keep_choice,
@@ -377,8 +377,9 @@ def _job(
         residence=prepared.residence,
         window=request.settings.nblocks if tuned else 1,
         foldable=foldable(prepared.model, source_names(request, prepared))
-        if request.settings.fold
+        if folds(request.settings, prepared.plan)
         else None,
+        fold_weights=bool(request.settings.fold),
         weigh_tokens=request.settings.token_weights,
         head=_head(prepared) if rows is not None else None,
         tail=tail_of(getattr(prepared.model, "config", None)),

@@ -62,6 +62,7 @@ class Job:
         window: consecutive blocks that are tuned as one.
         foldable: tells of a parameter, by its name in the model, whether it belongs to one module
             and may change; scales are then folded into norms. None: nothing is folded.
+        fold_weights: scales are folded for the sake of weights too, not of activations alone.
         weigh_tokens: errors count as the model's predictions depend on them.
         head: the output head, walked after the blocks as one more, if it is to be quantized.
         tail: what the model does to the head's logits.
@@ -86,6 +87,7 @@ class Job:
     routed: Callable[[int, Routed], None] = lambda index, found: None
     window: int = 1
     foldable: Callable[[str], bool] | None = None
+    fold_weights: bool = True
     weigh_tokens: bool = False
     head: Block | None = None
     tail: Callable[[Tensor], Tensor] = lambda logits: logits

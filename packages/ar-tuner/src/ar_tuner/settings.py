@@ -45,7 +45,8 @@ class Settings:
             after an algorithm that was asked for), codes too where memory allows.
         stage: another stage than `distill`, by name.
         fold: scale the input channels of layers and divide what makes them (a norm, rows of the
-            layer before) by the same.
+            layer before) by the same; None: where activations share powers of two (MXFP4), before
+            second order.
         token_weights: second order counts errors as the model's predictions depend on them.
         block_steps: steps that the codes and scales of a finished block take on its own error.
         clip_activations: search static ranges of activations by the error of what is clipped and
@@ -106,7 +107,7 @@ class Settings:
     lr: float | None = None
     minmax_lr: float | None = None
     seed: int = 42
-    fold: bool = False
+    fold: bool | None = None
     token_weights: bool = False
     block_steps: int = 0
     clip_activations: bool | None = None

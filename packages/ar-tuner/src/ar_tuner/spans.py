@@ -98,7 +98,11 @@ def _fold(job: Job, task: BlockTask) -> tuple[BlockTask, Folding]:
     if job.foldable is None or task.inputs is None:
         return task, Folding()
     allowed, name = job.foldable, task.name
-    folding = fold(task, allowed=lambda parameter: allowed(f"{name}.{parameter}"))
+    folding = fold(
+        task,
+        allowed=lambda parameter: allowed(f"{name}.{parameter}"),
+        weights=job.fold_weights,
+    )
     apply(task.block, task.targets, folding)
     energy = {
         t.ref.layer: task.energy[t.ref.layer] / folding.square(t.ref)

@@ -10,6 +10,7 @@ import torch
 from ar_schemes import Span
 from ar_tuner.algorithms.second_order.statistics import collect
 from ar_tuner.folding.apply import Folding
+from ar_tuner.folding.evening import evened, is_evened
 from ar_tuner.folding.finding import few, norms_of
 from ar_tuner.folding.pairs import pairs_of
 from ar_tuner.folding.scales import chosen
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ar_tuner.folding.finding import Fed
     from ar_tuner.folding.pairs import Pair
 
+    Factor = Callable[[tuple[Target, ...], Tensor | None], Tensor | None]
+
 OFFSETS = (0.0, 1.0)
 """What norms add to their gains."""
 TRIAL = 1e-3
@@ -35,40 +38,73 @@ ACROSS = ("nv_fp",)
 _POWERS = (0.5, 1.0, 2.0)
 
 
-def fold(task: BlockTask, *, allowed: Callable[[str], bool] = lambda parameter: True) -> Folding:  # noqa: ARG005
+def fold(
+    task: BlockTask,
+    *,
+    allowed: Callable[[str], bool] = lambda parameter: True,  # noqa: ARG005
+    weights: bool = True,
+) -> Folding:
     """Return the change of a block that makes its layers lose least by rounding.
 
     Scales are folded into norms, and into layers of which another is given scaled rows (`Pair`).
     `allowed` tells of a gain or bias, by name in the block, whether it may change. What does more
     than scale is left alone, with a note: the block's output has to stay as it is when channels
-    are scaled at random. Layers whose activations are quantized are left alone too: their ranges
-    would change.
+    are scaled at random. Layers whose activations are quantized are left alone too, unless these
+    share powers of two: their ranges would change, and they have little to gain.
+
+    Args:
+        task: the block.
+        allowed: whether a parameter may change.
+        weights: scale for the sake of weights too, where activations are floats. It was asked for
+            then, so what is left alone is told.
     """
-    quantized = {t.ref.layer for t in task.targets if t.scheme.activation is not None}
+    schemes = {t.ref.layer: t for t in task.targets}
+    left = {t.ref.layer for t in task.targets if not _may(t, weights=weights)}
     plain = tuple(replace(t, scheme=replace(t.scheme, activation=None)) for t in task.targets)
-    bare, out = replace(task, targets=plain), Folding()
+    note = task.note if weights else _silent
+    bare, out = replace(task, targets=plain, note=note), Folding()
+
+    def factor(targets: tuple[Target, ...], alike: Tensor | None = None) -> Tensor | None:
+        whole = [schemes[t.ref.layer] for t in targets]
+        if len({t.scheme.activation for t in whole}) > 1:
+            return None
+        if is_evened(whole[0].scheme):
+            return evened(bare, whole, alike=alike)
+        return _chosen(bare, targets, alike=alike)
+
     norms = norms_of(bare)
     for fed in norms:
         layers = {t.ref.layer for t in fed.targets}
-        if not quantized & layers and all(map(allowed, fed.parameters)):
-            out = out.joined(_of_norm(bare, fed))
-    known = {*quantized, *(t.ref.layer for fed in norms for t in fed.targets)}
+        if not left & layers and all(map(allowed, fed.parameters)):
+            out = out.joined(_of_norm(bare, fed, factor))
+    known = {*left, *(t.ref.layer for fed in norms for t in fed.targets)}
     for pair in pairs_of(bare, known=known):
-        out = out.joined(_of_pair(bare, pair, allowed))
+        out = out.joined(_of_pair(bare, pair, allowed, factor))
     return out
 
 
-def _of_norm(task: BlockTask, fed: Fed) -> Folding:
+def _silent(text: str) -> None:
+    """Tell nobody."""
+
+
+def _may(target: Target, *, weights: bool) -> bool:
+    """Tell whether the input channels of a layer may be scaled."""
+    return is_evened(target.scheme) or (weights and target.scheme.activation is None)
+
+
+def _of_norm(task: BlockTask, fed: Fed, factor_of: Factor) -> Folding:
     """Return what is folded into a norm."""
     offset = offset_of(task, fed)
     if offset is None:
         task.note(f"{task.name}.{fed.norm} is not folded: its gain does more than scale")
         return Folding()
-    factor = _chosen(task, fed.targets)
+    factor = factor_of(fed.targets, None)
     return Folding() if factor is None else folding_of(task, fed, factor, offset)
 
 
-def _of_pair(task: BlockTask, pair: Pair, allowed: Callable[[str], bool]) -> Folding:
+def _of_pair(
+    task: BlockTask, pair: Pair, allowed: Callable[[str], bool], factor_of: Factor
+) -> Folding:
     """Return what is folded into the first layer of a pair."""
     source, name = pair.source, f"{pair.taker.ref.layer} is not folded into"
     spec, bias = source.scheme.weight, bias_of(task, source)
@@ -81,7 +117,7 @@ def _of_pair(task: BlockTask, pair: Pair, allowed: Callable[[str], bool]) -> Fol
     if not proved(task, pair):
         task.note(f"{name} {source.ref.layer}: rows of that are used elsewhere too")
         return Folding()
-    factor = _chosen(task, (pair.taker,), alike=pair.rows)
+    factor = factor_of((pair.taker,), pair.rows)
     return Folding() if factor is None else paired_folding(task, pair, factor)
 
 

@@ -56,13 +56,17 @@ def chosen(
 
 
 def candidates(
-    weights: Sequence[Tensor], energy: Tensor, *, alike: Tensor | None = None
+    weights: Sequence[Tensor],
+    energy: Tensor,
+    *,
+    alike: Tensor | None = None,
+    powers: Sequence[float] = POWERS,
 ) -> Iterator[Tensor]:
     """Yield factors [I] for inputs of a mean square `energy` [I]; their geometric mean is 1."""
     given = _floored(_shared(energy, alike).sqrt())
     held = _floored(_shared(torch.cat(list(weights)).square().mean(0), alike).sqrt())
     for base in (given, given / held):
-        for power in POWERS:
+        for power in powers:
             factor = base**power
             yield (factor / factor.log().mean().exp()).clamp(1 / REACH, REACH)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ar_tuner.algorithms.base import BlockResult
 from ar_tuner.errors import TunerError
 from ar_tuner.folding.apply import Folding
+from ar_tuner.folding.evening import is_evened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ar_schemes import LayerPlan
     from ar_tuner.run import Run
+    from ar_tuner.settings import Settings
 
 _FOLDED = "folded"
 
@@ -29,6 +32,18 @@ def foldable(model: nn.Module, names: Collection[str]) -> Callable[[str], bool]:
     holders = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     own = {name for name, p in model.named_parameters() if holders[id(p)] == 1 and name in names}
     return own.__contains__
+
+
+def folds(settings: Settings, plan: LayerPlan) -> bool:
+    """Tell whether anything is folded.
+
+    Unless settings say: before second order, where a layer's activations share powers of two. (An
+    algorithm that was asked for by name is given the blocks as they are.)
+    """
+    if settings.fold is not None:
+        return settings.fold
+    usual = settings.chosen.algorithm == "second_order"
+    return usual and any(is_evened(row.scheme) for row in plan.quantized)
 
 
 def gains_of(block: str, result: BlockResult) -> dict[str, Tensor]:

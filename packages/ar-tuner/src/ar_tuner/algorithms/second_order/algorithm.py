@@ -87,18 +87,26 @@ class SecondOrder:
             spec = weight_spec(target)
             problem = Problem(goal.weight, spec, task.shared.get(target.ref.layer))
             by_damping.setdefault(self.knobs.damping_for(spec.bits), []).append((target, problem))
-        cycles = task.settings.iters if self.knobs.cycles is None else self.knobs.cycles
+        cycles = self._cycles(group)
         out: dict[str, Solution] = {}
         for damping, members in by_damping.items():
             solved = solve([p for _, p in members], curvature(gram, damping), cycles=cycles)
             out |= {t.ref.layer: s for (t, _), s in zip(members, solved, strict=True)}
         return out
 
+    def _cycles(self, group: Sequence[Target]) -> int:
+        """Return the most passes of coordinate descent for layers that share their input."""
+        coarse = any(
+            t.scheme.activation is not None and t.scheme.activation.bits <= weight_spec(t).bits
+            for t in group
+        )
+        return self.knobs.coarse_cycles if coarse else self.knobs.cycles
+
     def _experts(
         self, task: BlockTask, group: Sequence[Target], replaced: Mapping[str, Tensor]
     ) -> dict[str, Solution]:
         """Return the solutions of all experts of a parameter; none where nothing reaches any."""
-        cycles = task.settings.iters if self.knobs.cycles is None else self.knobs.cycles
+        cycles = self._cycles(group)
         damping = self.knobs.damping_for(weight_spec(group[0]).bits)
         out: dict[str, Solution] = {}
         for some in batched(expert_moments(task, group, replaced)):
