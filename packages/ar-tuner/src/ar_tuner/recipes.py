@@ -58,8 +58,7 @@ class Recipe:
                 rows than a batch has; SignRound's own steps take twice as long then.
         """
         if activations:
-            steps = max(1, self.iters * 9 // 10)  # the tenth pays for scales folded before
-            return StageSettings(steps, max(1, self.batch_size * 3 // 2), seed)
+            return StageSettings(self.iters, max(1, self.batch_size * 3 // 2), seed)
         if bits <= COARSE:
             return StageSettings(self.iters, max(1, self.batch_size * 5 // 8), seed)
         return StageSettings(max(1, self.iters * 7 // 8), max(1, self.batch_size // 2), seed)
