@@ -294,6 +294,7 @@ def test_the_status_of_a_command_is_that_of_the_program(tmp_path) -> None:
             ["--fold", "--token-weights", "--block-steps", "60"],
             {"fold": True, "token_weights": True, "block_steps": 60},
         ),
+        (["--no-fold"], {"fold": False}),
         (["--clip-activations"], {"clip_activations": True}),
         (["--no-clip-activations"], {"clip_activations": False}),
     ],

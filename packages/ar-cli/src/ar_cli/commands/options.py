@@ -74,7 +74,7 @@ def settings_from(given: dict[str, Any]) -> dict[str, Any]:
     out = {k: v for k, v in known.items() if v is not None and v is not False}
     out |= tuning_settings(given)
     # switches that are on, or left to the recipe, unless turned off
-    off = ("sym", "distill", "low_cpu_mem_usage", "clip_activations")
+    off = ("sym", "distill", "low_cpu_mem_usage", "clip_activations", "fold")
     out |= {name: False for name in off if given.get(name) is False}
     if "layer_config" in out:
         out["layer_config"] = layer_config(out["layer_config"])

@@ -29,9 +29,10 @@ _OPTIONS = (
     ),
     click.option("--stage", metavar="NAME", help="Refine the whole model by another stage."),
     click.option(
-        "--fold",
-        is_flag=True,
-        help="Scale channels of layers, and the norm or the rows before them back.",
+        "--fold/--no-fold",
+        default=None,
+        help="Scale channels of layers, and the norm or the rows before them back, or do not; "
+        "default: where activations share powers of two (MXFP4).",
     ),
     click.option(
         "--token-weights",
