@@ -12,8 +12,8 @@ static constexpr Steps kSteps = {widen<V256>,  float_product<V256, Dots<V256>>, 
 
 extern const ByDigits kDigitsAvx2 = {prepare_digits<Pairs>, multiply_digits<Pairs>};
 
-extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},    4, 0, &kDigitsAvx2, prepare<V256>,
-                              multiply<V256>, expand<V256>, read_all<V256>,
+extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},    4, 0, 4, &kDigitsAvx2,
+                              prepare<V256>,  multiply<V256>, expand<V256>, read_all<V256>,
                               &kSteps};
 
 }  // namespace ar

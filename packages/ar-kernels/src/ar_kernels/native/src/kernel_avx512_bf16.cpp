@@ -120,10 +120,13 @@ void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
+// Codes of 4 bits are read as fast in place, and inputs stay what they are.
+static constexpr int kDigitBits = 3;
+
 static constexpr Steps kSteps = {widen<V>,  float_product<V, DotsOfPairs>, norm<V>,
                                  attend<V>, pair<V>,                       turn<V>};
 
-extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1}, 4, kInPlaceRows, &kDigitsVnni,
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1}, 4, kInPlaceRows, kDigitBits, &kDigitsVnni,
                                     prepare_bf16,  multiply_bf16, expand_avx512, read_all<V>,
                                     &kSteps};
 

@@ -48,7 +48,7 @@ void expand(const Job& job, int64_t origin, int64_t begin, int64_t end) {
 static constexpr Steps kSteps = {widen<V1>,  float_product<V1, Dots<V1>>, norm<V1>,
                                  attend<V1>, pair<V1>,          turn<V1>};
 
-extern const Kernels kPortable = {"portable", {1, 1, 1}, 4, 0, nullptr,
+extern const Kernels kPortable = {"portable", {1, 1, 1}, 4, 0, 0, nullptr,
                                   prepare<V1>, multiply,  expand,   read_all<V1>,
                                   &kSteps};
 

@@ -112,7 +112,8 @@ struct Kernels {
   int pieces[3];     // virtual rows for a row of fp32, fp16, bf16
   int element;       // bytes of a packed input of one virtual row
   int in_place_rows; // most rows for which narrow integers are read in place (see Job::bases)
-  const ByDigits* digits;  // for a row of bf16 and integers of up to 4 bits, or null
+  int digit_bits;    // most bits of integers that a row of bf16 is multiplied by in whole numbers
+  const ByDigits* digits;
   void (*prepare)(const Job&, int64_t tile_begin, int64_t tile_end);
   void (*multiply)(const Job&, int64_t strip_begin, int64_t strip_end);
   // Writes features [strip_begin * 64, ...) to y as rows of `y_stride` values of type `dtype`,

@@ -58,7 +58,7 @@ struct Inputs {
 inline Inputs inputs_of(const Kernels& k, const Job& job) {
   const Format& f = job.format;
   const int64_t virtual_rows = job.rows * job.pieces, tiles = ceil_div(virtual_rows, kTile);
-  if (k.digits && job.rows == 1 && job.dtype == kBF16 && f.kind == kInteger && f.bits <= 4 &&
+  if (job.rows == 1 && job.dtype == kBF16 && f.kind == kInteger && f.bits <= k.digit_bits &&
       f.group != kUnit)
     return Inputs{f.blocks * 64, 0, 0, f.blocks * int64_t(sizeof(Digits))};
   const bool needs_sums = f.zero || zero_bias(f, job.blob) != 0;
