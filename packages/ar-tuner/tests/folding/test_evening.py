@@ -15,7 +15,6 @@ from ar_tuner.algorithms.rtn import nearest_of
 from ar_tuner.algorithms.signround import block_error
 from ar_tuner.folding import apply, fold
 from ar_tuner.folding.evening import Given, phased
-from ar_tuner.stages import ModelResult
 
 MX = scheme("MXFP4")
 QUICK = {"nsamples": 8, "seqlen": 32, "batch_size": 4, "scheme": "MXFP4"}
@@ -133,27 +132,3 @@ def test_second_order_is_given_evened_blocks_and_the_checkpoint_is_the_model(
     written.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(written(rows).logits, made(rows).logits)
-
-
-def test_the_stage_learns_from_what_the_float_model_was(
-    model, sinks, tmp_path, monkeypatch, uneven
-) -> None:
-    many = torch.randint(0, 128, (64, 32), generator=torch.Generator().manual_seed(1))
-    made = uneven(model())
-    with torch.no_grad():
-        wanted = made(many[:4]).logits
-    teachers = []
-
-    class Look:
-        name = "look"
-
-        def refine(self, task):
-            with torch.no_grad():
-                teachers.append(task.logits({}, many[:4], False))  # noqa: FBT003
-            return ModelResult()
-
-    monkeypatch.setattr("ar_tuner.job.stage", lambda name: Look())
-    job = AutoRound(made, dataset=many, **{**QUICK, "iters": 2, "recipe": "light"})
-    job.quantize_and_save(tmp_path / "out", format="memory")
-    assert (teachers[0] - wanted).square().mean() < 1e-6 * wanted.square().mean()
-    assert sinks[-1].state == "committed"

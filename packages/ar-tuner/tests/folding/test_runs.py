@@ -127,8 +127,9 @@ def test_blocks_that_come_from_disk_come_back_folded(
     assert torch.equal(*logits)
 
 
-def test_the_stage_starts_from_the_folded_model(
-    model, sinks, tmp_path, monkeypatch, uneven
+@pytest.mark.parametrize("scheme", ["W2A16", "MXFP4"])
+def test_the_stage_starts_from_the_folded_model(  # noqa: PLR0913
+    model, sinks, tmp_path, monkeypatch, uneven, scheme
 ) -> None:
     many = torch.randint(0, 128, (64, 32), generator=torch.Generator().manual_seed(1))
     made = uneven(model())
@@ -145,8 +146,9 @@ def test_the_stage_starts_from_the_folded_model(
             return ModelResult()
 
     monkeypatch.setattr("ar_tuner.job.stage", lambda name: Look())
-    job = AutoRound(made, dataset=many, **{**QUICK, "iters": 2, "recipe": "light"})
-    job.quantize_and_save(tmp_path / "out", format="memory")
+    said = {"scheme": "MXFP4", "bits": None, "group_size": None, "fold": None}
+    options = {**QUICK, "iters": 2, "recipe": "light", **(said if scheme == "MXFP4" else {})}
+    AutoRound(made, dataset=many, **options).quantize_and_save(tmp_path / "out", format="memory")
     error = (teachers[0] - float_logits).square().mean()
     assert error < 1e-6 * float_logits.square().mean()
     state = sinks[-1].tensors
