@@ -21,7 +21,8 @@ def ask_for(
         method: the `quant_method` of the checkpoint; it stays as it is, but must be named.
         head_bits: on the CPU, compute with an output head of 4, 5, 6 or 8 bits, rounded as the
             model is opened, where the checkpoint's is in 16 bits. Changes the numbers; the
-            checkpoint's head is still what is saved. None: as AR_KERNELS_HEAD_BITS says, else not.
+            checkpoint's head is still what is saved. 16: as the checkpoint holds it. None: as
+            AR_KERNELS_HEAD_BITS says, else without loss (12 bits a value where it is bf16).
 
     Raises:
         KernelError: no such method is known here.

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ar_kernels.hf.head import round_head
-from ar_kernels.hf.memory import trim
+from ar_kernels.hf.compact_head import compact_head
+from ar_kernels.hf.head import OWN, asked_bits, round_head
+from ar_kernels.hf.memory import Returning, trim
 from ar_kernels.linear import QuantLinear
 from ar_kernels.native import arena, library, steps
 from ar_kernels.native.modules import NativeLinear, NativeNorm, norm_formula
@@ -36,7 +37,9 @@ _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _FORMS = (steps.ROUNDS_FIRST, steps.ADDS_ONE, steps.PLAIN)
 
 
-def speed_up(model: Any, head_bits: int | None = None) -> dict[str, int]:
+def speed_up(
+    model: Any, head_bits: int | None = None, returning: Returning | None = None
+) -> dict[str, int]:
     """Put our float parts into a model on the CPU, and return how many of which.
 
     Nothing where the compiled kernels are missing or `AR_KERNELS_DECODING=plain` says so, except
@@ -44,12 +47,16 @@ def speed_up(model: Any, head_bits: int | None = None) -> dict[str, int]:
 
     Args:
         model: of transformers.
-        head_bits: width to round a float output head to; None: as the environment says.
+        head_bits: width to round a float output head to, 16: leave it; None: as the environment
+            says, else it is made compact where it is bf16.
+        returning: gives memory of the checkpoint's files back.
 
     Raises:
         KernelError: such a head cannot be made.
     """
-    rounded = {"rounded head": 1} if round_head(model, head_bits) else {}
+    bits = asked_bits(head_bits)
+    asked = bits is not None and bits != OWN
+    rounded = {"rounded head": 1} if asked and round_head(model, bits) else {}
     if os.environ.get(ENV) == "plain" or library.missing() is not None:
         return rounded
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
@@ -59,6 +66,8 @@ def speed_up(model: Any, head_bits: int | None = None) -> dict[str, int]:
         "float layers": _layers(model),
         "attention": _attention(model),
     }
+    if bits is None:
+        done["compact head"] = int(compact_head(model, returning))
     _settle(model)
     if done["attention"]:
         from ar_kernels.hf import blocks
@@ -70,8 +79,7 @@ def speed_up(model: Any, head_bits: int | None = None) -> dict[str, int]:
 def _settle(model: nn.Module) -> None:
     """Move packed weights into large pages, in the order in which they are read.
 
-    Not a float head: the pages of a file are large already where it is mapped, and moving 311 MB
-    gained nothing.
+    Not a float head: moving 311 MB gained nothing, and what is made compact lies in large pages.
     """
     part: list[QuantLinear] = []
     size = 0

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 ENV = "AR_KERNELS_HEAD_BITS"
 GROUPS = {4: 32, 5: 32, 6: 64, 8: 128}
 """Widths that may be asked for, each with the inputs that share a scale."""
+OWN = 16
+"""Asks for the head as the checkpoint holds it, not even made compact."""
 _ROWS = 1 << 14
 """Features rounded at a time: 64 MB of float32 for 1024 inputs."""
 
@@ -47,7 +49,8 @@ class RoundedHead(NativeLinear):
             KernelError: no such width, or inputs that no group fits.
         """
         if bits not in GROUPS:
-            msg = f"a head of {bits} bits cannot be made: ask for one of {sorted(GROUPS)}"
+            allowed = [*sorted(GROUPS), OWN]
+            msg = f"a head of {bits} bits cannot be made: ask for one of {allowed}"
             raise KernelError(msg)
         inputs = given.in_features
         group = GROUPS[bits]
@@ -86,24 +89,31 @@ def _packed(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, tuple[int, ...]]:
     return join(parts, experts=False) if len(parts) > 1 else parts[0]
 
 
-def round_head(model: Any, bits: int | None) -> bool:
+def asked_bits(bits: int | None) -> int | None:
+    """Return the width of the head that the user asks for, here or in AR_KERNELS_HEAD_BITS.
+
+    Raises:
+        KernelError: what the environment says is no number of bits.
+    """
+    said = os.environ.get(ENV, "").strip()
+    if bits is not None or not said:
+        return bits
+    if not said.isdigit():
+        msg = f"{ENV}={said} is no number of bits: use one of {[*sorted(GROUPS), OWN]}"
+        raise KernelError(msg)
+    return int(said)
+
+
+def round_head(model: Any, bits: int) -> bool:
     """Give a model on the CPU a rounded head, and return whether it has one now.
 
     Args:
         model: of transformers, with a float head.
-        bits: 4, 5, 6 or 8; None: as AR_KERNELS_HEAD_BITS says, by default not.
+        bits: 4, 5, 6 or 8.
 
     Raises:
         KernelError: a width that is not served, or no compiled kernels here.
     """
-    said = os.environ.get(ENV, "").strip()
-    if bits is None and not said:
-        return False
-    if bits is None:
-        if not said.isdigit():
-            msg = f"{ENV}={said} is no number of bits: use one of {sorted(GROUPS)}"
-            raise KernelError(msg)
-        bits = int(said)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.weight.device.type != "cpu":
         return False

@@ -49,14 +49,18 @@ class Returning:
         if self._bytes >= _EVERY:
             self.finish()
 
+    def seldom_read(self, tensor: Tensor) -> None:
+        """Take a tensor that stays but is seldom read; what was written to it stays in memory."""
+        start = tensor.data_ptr()
+        if sys.platform.startswith("linux") and tensor.device.type == "cpu":
+            _give_back([(start, start + tensor.nbytes)], _mapped(self._files, untouched=True))
+
     def finish(self) -> None:
         """Give back what was collected."""
         spans, self._spans, self._bytes = self._spans, [], 0
         if not sys.platform.startswith("linux") or not spans:
             return
-        libc = ctypes.CDLL(None)
-        for start, end in _pages(spans, _mapped(self._files)):
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
+        _give_back(spans, _mapped(self._files))
         trim()
 
 
@@ -67,6 +71,12 @@ def trim() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def _give_back(spans: list[tuple[int, int]], files: list[tuple[int, int]]) -> None:
+    libc = ctypes.CDLL(None)
+    for start, end in _pages(spans, files):
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
 
 
 def _pages(spans: list[tuple[int, int]], files: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -80,12 +90,24 @@ def _pages(spans: list[tuple[int, int]], files: list[tuple[int, int]]) -> list[t
     ]
 
 
-def _mapped(files: Container[str]) -> list[tuple[int, int]]:
-    """Return where files are mapped, as (first, end) addresses."""
-    out = []
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+def _mapped(files: Container[str], *, untouched: bool = False) -> list[tuple[int, int]]:
+    """Return where files are mapped, as (first, end) addresses.
+
+    Args:
+        files: their paths.
+        untouched: only those no byte of which was written to.
+    """
+    out: list[tuple[int, int]] = []
+    ours = False
+    table = Path("/proc/self/smaps" if untouched else "/proc/self/maps")
+    for line in table.read_text(encoding="utf-8").splitlines():
         fields = line.split(maxsplit=_FIELDS - 1)
-        if len(fields) == _FIELDS and fields[-1].rstrip() in files:
-            low, high = fields[0].split("-")
-            out.append((int(low, 16), int(high, 16)))
+        if "-" in fields[0]:  # a mapping; its numbers follow
+            ours = len(fields) == _FIELDS and fields[-1].rstrip() in files
+            if ours:
+                low, high = fields[0].split("-")
+                out.append((int(low, 16), int(high, 16)))
+        elif ours and untouched and fields[0] == "Anonymous:" and fields[1] != "0":
+            out.pop()
+            ours = False
     return out

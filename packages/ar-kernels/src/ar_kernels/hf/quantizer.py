@@ -229,7 +229,8 @@ class ArQuantizer(HfQuantizer):
                 if prefer is None and module.backend is not None:
                     better = better_if_installed(module.need(), backend(module.backend))
                     hints |= {} if better is None else {better: None}
-        used.update(speed_up(model, getattr(self.quantization_config, "head_bits", None)))
+        bits = getattr(self.quantization_config, "head_bits", None)
+        used.update(speed_up(model, bits, returning))
         returning.finish()
         layers = ", ".join(f"{count} layers -> {what}" for what, count in used.items())
         _log.info("ar-kernels opened the %s checkpoint: %s", self.checkpoint.method, layers)

@@ -40,6 +40,7 @@ UNITS: dict[str, tuple[str, ...]] = {
     "pack": (),
     "api": (),
     "api_steps": (),
+    "api_compact": (),
     "api_run": (),
     "api_tuning": (),
 }

@@ -17,13 +17,15 @@ from ar_kernels.weight import KernelError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ABI = 4
+ABI = 5
 PATH_ENV = "AR_NATIVE_LIBRARY"
 ISA_ENV = "AR_NATIVE_ISA"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 """Instruction sets by their number in the library, slowest first."""
 BUILD = "python -m ar_kernels.native.build"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+BAD_RANGE = 7
+"""Status of values or numbers outside of what is served."""
 _STATUS = {
     1: "the format is not one that the kernels read",
     2: "the packed weight has another size than its format asks for",
@@ -31,7 +33,7 @@ _STATUS = {
     4: "the output has another size than the product",
     5: "this processor lacks the instruction set",
     6: "out of memory",
-    7: "rows, features or offsets lie outside of the weight",
+    BAD_RANGE: "rows, features or offsets lie outside of the weight",
 }
 
 
@@ -74,6 +76,18 @@ class Floats(ctypes.Structure):
         ("bytes", ctypes.c_int64),
         ("features", ctypes.c_int64),
         ("columns", ctypes.c_int64),
+    )
+
+
+class Compact(ctypes.Structure):
+    """`ar_compact_weight` of api.h."""
+
+    _fields_ = (
+        ("blob", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("outliers", ctypes.c_int64),
     )
 
 
@@ -277,8 +291,8 @@ def check(status: int) -> None:
 
 def _declare(library: ctypes.CDLL) -> None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    runtime, weight, product, floats, norm, attention = (
-        ctypes.POINTER(s) for s in (Runtime, Weight, Product, Floats, NormInput, Attention)
+    runtime, weight, product, floats, compact, norm, attention = (
+        ctypes.POINTER(s) for s in (Runtime, Weight, Product, Floats, Compact, NormInput, Attention)
     )
     arguments: dict[str, Sequence[Any]] = {
         "ar_fake_quant": (runtime, pointer),
@@ -296,6 +310,9 @@ def _declare(library: ctypes.CDLL) -> None:
         "ar_multiply_experts": (runtime, weight, product, pointer, number),
         "ar_expand": (runtime, weight, number, number, number, pointer, number),
         "ar_multiply_floats": (runtime, floats, product),
+        "ar_compact_ends": (runtime, floats, number, number, pointer),
+        "ar_compact": (runtime, floats, number, number, pointer, pointer, number),
+        "ar_multiply_compact": (runtime, compact, product),
         "ar_norm": (runtime, norm),
         "ar_attend": (runtime, attention),
         "ar_run": (runtime, pointer, number, number),
@@ -304,6 +321,8 @@ def _declare(library: ctypes.CDLL) -> None:
     for name, types in arguments.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, ctypes.c_int32
+    library.ar_compact_bytes.argtypes = (number, number, number)
+    library.ar_compact_bytes.restype = number
 
 
 def weight(blob: torch.Tensor, meta: tuple[int, ...]) -> Weight:

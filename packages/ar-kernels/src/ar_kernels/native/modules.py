@@ -41,7 +41,7 @@ class NativeNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., I], normed."""
         weight = self.weight
-        if weight.dtype == x.dtype and _is_plain(x, weight):
+        if weight.dtype == x.dtype and is_plain(x, weight):
             out: Tensor = torch.ops.ar_kernels.step_norm(x, weight, self.eps, self.form)
             return out
         return norm_formula(x, weight, self.eps, self.form)
@@ -71,14 +71,14 @@ class NativeLinear(nn.Linear):
             and weight.dtype == x.dtype
             and weight.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
-            and _is_plain(x, weight)
+            and is_plain(x, weight)
         ):
             out: Tensor = torch.ops.ar_kernels.step_linear(x, weight, self.bias)
             return out
         return super().forward(x)
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
+def is_plain(x: Tensor, weight: Tensor) -> bool:
     """Tell whether a product is computed here and now, on the CPU, without a gradient."""
     if torch.compiler.is_compiling() or not (x.is_cpu and weight.is_cpu):
         return False

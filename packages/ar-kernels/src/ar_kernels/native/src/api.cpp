@@ -34,7 +34,7 @@ const Kernels* kernels(int64_t isa) { return isa == 0 ? &kPortable : nullptr; }
 
 namespace {
 
-constexpr int64_t kAbi = 4;
+constexpr int64_t kAbi = 5;
 
 void prepare(const ar_runtime* rt, const Kernels& k, const Inputs& inputs, uint8_t* memory,
              Job* job) {

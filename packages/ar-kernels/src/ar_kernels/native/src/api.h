@@ -41,6 +41,12 @@ typedef struct {
   int64_t bytes, features, columns;
 } ar_floats;
 
+// bf16 values in 12 bits without loss, as ar_compact made them; compact.h has the layout.
+typedef struct {
+  const uint8_t* blob;
+  int64_t bytes, features, columns, outliers;
+} ar_compact_weight;
+
 typedef struct {
   const void* x;
   int64_t x_bytes;       // readable from x on
@@ -117,6 +123,17 @@ AR_API int32_t ar_expand(const ar_runtime*, const ar_weight*, int64_t begin, int
                          int64_t dtype, void* out, int64_t out_bytes);
 // The product with a float weight, for at most 4 rows of x.
 AR_API int32_t ar_multiply_floats(const ar_runtime*, const ar_floats*, const ar_product*);
+// Bytes of a compact weight, or -1 where there is none of that shape.
+AR_API int64_t ar_compact_bytes(int64_t features, int64_t columns, int64_t outliers);
+// Counts outliers of bf16 values up to and with each of features [begin, end), after those before;
+// kBadRange where a value is not finite.
+AR_API int32_t ar_compact_ends(const ar_runtime*, const ar_floats*, int64_t begin, int64_t end,
+                               uint32_t* ends);
+// Writes features [begin, end), of which the first range comes first.
+AR_API int32_t ar_compact(const ar_runtime*, const ar_floats*, int64_t begin, int64_t end,
+                          const uint32_t* ends, uint8_t* blob, int64_t bytes);
+// The product with a compact weight, for at most 4 rows of x, in bf16.
+AR_API int32_t ar_multiply_compact(const ar_runtime*, const ar_compact_weight*, const ar_product*);
 // Rows of x divided by their root mean square, times a weight; columns are a multiple of 16.
 AR_API int32_t ar_norm(const ar_runtime*, const ar_norm_input*);
 // Softmax attention of one token; the width of a head is a multiple of 16, at most 512.

@@ -18,14 +18,17 @@ constexpr int line_at(int bits, int steps, int step) {
   return line != (step + 1) * 4 * bits / steps ? line : -1;
 }
 
+// in assembly: compilers move their own prefetches to the front of what is unrolled
+AR_INLINE void fetch_line(const void* at) {
+  const char* line = static_cast<const char*>(at);
+  asm volatile("prefetcht1 %0" ::"m"(line[kFar]));
+  asm volatile("prefetcht0 %0" ::"m"(line[kNear]));
+}
+
 template <int BITS, int STEPS, int STEP>
 AR_INLINE void fetch(const uint8_t* codes) {
   constexpr int line = line_at(BITS, STEPS, STEP);
-  // in assembly: compilers move their own prefetches to the front of what is unrolled
-  if constexpr (line >= 0) {
-    asm volatile("prefetcht1 %0" ::"m"(codes[kFar + 64 * line]));
-    asm volatile("prefetcht0 %0" ::"m"(codes[kNear + 64 * line]));
-  }
+  if constexpr (line >= 0) fetch_line(codes + 64 * line);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 //
 // For many rows, the weights of two blocks are decoded in registers for the rows of two tiles: the
 // lookups run beside the products, where a panel in memory would wait for them and be read again.
+#include "compact_bf16.h"
 #include "dots_bf16.h"
 #include "rows_bf16.h"
 
@@ -124,8 +125,11 @@ void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
 // Codes of 4 bits are read as fast in place, and inputs stay what they are.
 static constexpr int kDigitBits = 3;
 
+static constexpr ByCompact kCompact = {compact_padded, compact_product<CompactPairs>};
+
 static constexpr Steps kSteps = {widen<V>,  float_product<V, DotsOfPairs>, norm<V>,
-                                 attend<V>, pair<V>,                       turn<V>};
+                                 attend<V>, pair<V>,                       turn<V>,
+                                 &kCompact};
 
 extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1}, 4, kInPlaceRows, kDigitBits, &kDigitsVnni,
                                     prepare_bf16,  multiply_bf16, expand_avx512, read_all<V>,

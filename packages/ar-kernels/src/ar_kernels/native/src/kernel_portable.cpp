@@ -1,6 +1,7 @@
 // Products in plain C++.
 #include "v1.h"
 
+#include "compact_plain.h"
 #include "kernel_f32.h"
 #include "lanes.h"
 #include "steps.h"
@@ -45,8 +46,11 @@ void expand(const Job& job, int64_t origin, int64_t begin, int64_t end) {
 
 }  // namespace
 
+static constexpr ByCompact kCompact = {compact_parted<V1>, compact_product<CompactPlain>};
+
 static constexpr Steps kSteps = {widen<V1>,  float_product<V1, Dots<V1>>, norm<V1>,
-                                 attend<V1>, pair<V1>,          turn<V1>};
+                                 attend<V1>, pair<V1>,          turn<V1>,
+                                 &kCompact};
 
 extern const Kernels kPortable = {"portable", {1, 1, 1}, 4, 0, 0, nullptr,
                                   prepare<V1>, multiply,  expand,   read_all<V1>,

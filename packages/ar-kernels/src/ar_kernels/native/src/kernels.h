@@ -2,6 +2,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "compact.h"
 #include "format.h"
 
 namespace ar {
@@ -92,6 +93,12 @@ struct TurnJob {
   int64_t heads, width;
 };
 
+// Products with weights as compact.h has them.
+struct ByCompact {
+  void (*prepare)(const CompactJob&);
+  void (*multiply)(const CompactJob&, int64_t begin, int64_t end);  // in units of 16 features
+};
+
 struct Steps {
   void (*widen)(const FloatJob&);
   void (*product)(const FloatJob&, int64_t begin, int64_t end);  // in units of 16 features
@@ -99,6 +106,7 @@ struct Steps {
   void (*attend)(const AttentionJob&, int64_t begin, int64_t end);
   void (*pair)(const PairJob&, int64_t begin, int64_t end);      // in units of 16 values
   void (*turn)(const TurnJob&, int64_t begin, int64_t end);      // heads of all sequences
+  const ByCompact* compact;
 };
 
 // Products where inputs are whole numbers (digits.h).

@@ -2,11 +2,11 @@
 // of a few rows with a float weight, norms, and the attention of one new token.
 #pragma once
 #include "exponential.h"
+#include "fetch.h"
 
 namespace ar {
 namespace {
 
-constexpr int kAhead = 4096;  // bytes of a stream that are fetched ahead
 constexpr int kHeadsAtOnce = 4;
 constexpr int kVectorsAtOnce = 4;
 
@@ -57,7 +57,7 @@ AR_INLINE void Dots<V>::add(const FloatJob& job, int64_t feature, int count, flo
     };
     for (int64_t k = 0; k < whole; k += step) {
       for (int64_t byte = 0; byte < step * width; byte += 64)
-        __builtin_prefetch(w + k * width + kAhead + byte);
+        fetch_line(w + k * width + byte);
       for (int set = 0; set < kSets; ++set)
         add(set, V::read(w, TYPE, k + set * V::N), k + set * V::N);
     }
@@ -72,27 +72,32 @@ AR_INLINE void Dots<V>::add(const FloatJob& job, int64_t feature, int count, flo
   }
 }
 
-// Features [begin * 16, end * 16) of y.
+// Features [begin * 16, end * 16) of y: dots(feature, count, sums) gives those of up to 16.
+template <class V, int TYPE, int ROWS, class JOB, class DOTS>
+AR_INLINE void each_16(const JOB& job, int64_t begin, int64_t end, DOTS&& dots) {
+  constexpr int width = TYPE == kF32 ? 4 : 2;
+  for (int64_t at = begin * 16; at < end * 16 && at < job.features; at += 16) {
+    const int64_t count = job.features - at < 16 ? job.features - at : 16;
+    float sums[ROWS][16] = {};
+    dots(at, int(count), sums);
+    for (int m = 0; m < ROWS; ++m) {
+      for (int64_t n = 0; job.bias && n < count; ++n) sums[m][n] += job.bias[at + n];
+      uint8_t out[16 * 4];
+      for (int n = 0; n < 16; n += V::N) V::write(out, TYPE, n, V::load(sums[m] + n));
+      memcpy(static_cast<uint8_t*>(job.y) + (m * job.features + at) * width, out, count * width);
+    }
+  }
+}
+
 template <class V, class DOTS>
 void float_product(const FloatJob& job, int64_t begin, int64_t end) {
-  const auto work = [&](auto type, auto rows) {
-    constexpr int TYPE = decltype(type)::value, ROWS = decltype(rows)::value;
-    constexpr int width = TYPE == kF32 ? 4 : 2;
-    for (int64_t at = begin * 16; at < end * 16 && at < job.features; at += 16) {
-      const int64_t count = job.features - at < 16 ? job.features - at : 16;
-      float sums[ROWS][16] = {};
-      DOTS::template add<TYPE, ROWS>(job, at, int(count), sums);
-      for (int m = 0; m < ROWS; ++m) {
-        for (int64_t n = 0; job.bias && n < count; ++n) sums[m][n] += job.bias[at + n];
-        uint8_t out[16 * 4];
-        for (int n = 0; n < 16; n += V::N) V::write(out, TYPE, n, V::load(sums[m] + n));
-        memcpy(static_cast<uint8_t*>(job.y) + (m * job.features + at) * width, out, count * width);
-      }
-    }
-  };
   with_type(job.dtype, [&](auto type) {
     unrolled<1, kFloatRows + 1>([&](auto rows) {
-      if (job.rows == decltype(rows)::value) work(type, rows);
+      constexpr int TYPE = decltype(type)::value, ROWS = decltype(rows)::value;
+      if (job.rows != ROWS) return;
+      each_16<V, TYPE, ROWS>(job, begin, end, [&](int64_t at, int count, float (*sums)[16]) {
+        DOTS::template add<TYPE, ROWS>(job, at, count, sums);
+      });
     });
   });
 }
