@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ar_kernels import KernelError
-from ar_kernels.hf.head import GROUPS, RoundedHead, round_head
+from ar_kernels.hf.head import ENV, GROUPS, RoundedHead, asked_bits, round_head
 from ar_kernels.native import library
 
 transformers = pytest.importorskip("transformers")
@@ -63,4 +63,13 @@ def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ar_kernels.hf.head.library.missing", lambda: "a compiler")
     with pytest.raises(KernelError, match="missing: a compiler"):
         round_head(model, 8)
-    assert not round_head(model, None)
+
+
+def test_the_width_is_asked_for_here_or_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked_bits(None) is None
+    monkeypatch.setenv(ENV, "6")
+    assert asked_bits(None) == 6
+    assert asked_bits(8) == 8
+    monkeypatch.setenv(ENV, "six")
+    with pytest.raises(KernelError, match=r"no number of bits: use one of \[4, 5, 6, 8, 16\]"):
+        asked_bits(None)

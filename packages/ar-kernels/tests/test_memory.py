@@ -35,6 +35,24 @@ def test_pages_of_a_mapped_file_go_and_come_back(tmp_path) -> None:
 
 
 @linux
+def test_a_tensor_that_stays_gives_back_only_what_nobody_wrote(tmp_path) -> None:
+    path, size = tmp_path / "a.safetensors", 2**25
+    storing.save_file({"a": torch.arange(size // 4, dtype=torch.int32)}, path)
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        tensor = file.get_slice("a")[...]
+        total = int(tensor.sum(dtype=torch.int64))
+        give_back = Returning([path]).seldom_read(tensor)
+        before = resident("RssFile")
+        for part in tensor.split(size // 16):
+            give_back(part)
+        assert before - resident("RssFile") > size * 0.9
+        assert int(tensor.sum(dtype=torch.int64)) == total
+        tensor[5] += 1
+        Returning([path]).seldom_read(tensor)(tensor)
+        assert int(tensor.sum(dtype=torch.int64)) == total + 1
+
+
+@linux
 def test_memory_that_is_no_file_of_the_checkpoint_stays(tmp_path) -> None:
     path = tmp_path / "a.safetensors"
     storing.save_file({"a": torch.ones(2**23, dtype=torch.int32)}, path)

@@ -30,6 +30,10 @@ def ready_name(key: str) -> str:
     return "ready_" + key.replace(".", "_")
 
 
+READY_BLOB, READY_ORDER = ready_name("blob"), ready_name("order")
+"""Names of a packed weight of `cpu_native`, and of the order in which a layer takes its input."""
+
+
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on a device, empty where it has no data to bring along."""
     if tensor.device.type == "meta" and device.type != "meta":

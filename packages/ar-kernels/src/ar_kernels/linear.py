@@ -14,6 +14,8 @@ from ar_kernels.backends.reference import encode_meta
 from ar_kernels.backends.select import choose
 from ar_kernels.layer_tensors import (
     RANGES,
+    READY_BLOB,
+    READY_ORDER,
     as_foretold,
     as_stored,
     on_device,
@@ -31,8 +33,7 @@ if TYPE_CHECKING:
     from ar_kernels.weight import QuantizedWeight
     from ar_schemes import TensorSpec
 
-_STATIC, _ZERO, _ORDER = "static", "static_zero", "order"
-_READY_ORDER, _READY_BLOB = ready_name(_ORDER), ready_name("blob")
+_STATIC, _ZERO = "static", "static_zero"
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")
 
 
@@ -210,7 +211,7 @@ class QuantLinear(nn.Module):
         self._release()
         if order is not None:
             order = order.to(self.device).long()
-            self.register_buffer(ready_name(_ORDER), order, persistent=False)
+            self.register_buffer(READY_ORDER, order, persistent=False)
         for key, tensor in packed.buffers.items():
             self.register_buffer(ready_name(key), tensor, persistent=False)
         if self.activation is not None and quantizes:
@@ -254,8 +255,7 @@ class QuantLinear(nn.Module):
         if self.backend is None:
             self.prepare(self._prefer)
         assert self.backend is not None
-        sorts = ready_name(_ORDER) in self._buffers
-        if self._quantizes is not None or sorts or self.bias is not None:
+        if self._quantizes is not None or READY_ORDER in self._buffers or self.bias is not None:
             return None
         return [self._buffer(name) for name in self._ready], self._meta, self.backend
 
@@ -273,7 +273,7 @@ class QuantLinear(nn.Module):
         if self._quantizes is not None:
             static, zero = (self._buffers.get(ready_name(key)) for key in (_STATIC, _ZERO))
             given = ops.quantize_input(given, self._quantizes, static, zero)
-        order = self._buffers.get(_READY_ORDER)
+        order = self._buffers.get(READY_ORDER)
         if order is not None:
             given = given.index_select(-1, order)
         out = ops.multiply(given, ready, self._meta, self.bias, self.backend, self.rows)
@@ -283,11 +283,11 @@ class QuantLinear(nn.Module):
         """Return the packed weight where `cpu_native` computes with it as the input comes."""
         if self.backend != "cpu_native" or self._quantizes is not None:
             return None
-        return None if _READY_ORDER in self._buffers else self._buffers.get(_READY_BLOB)
+        return None if READY_ORDER in self._buffers else self._buffers.get(READY_BLOB)
 
     def settle(self, blob: Tensor) -> None:
         """Compute with a copy of the packed weight from now on."""
-        self._buffers[_READY_BLOB] = blob
+        self._buffers[READY_BLOB] = blob
 
     def packed_meta(self) -> tuple[int, ...]:
         """Return the backend's integers of the packed weight."""
@@ -330,7 +330,7 @@ class QuantLinear(nn.Module):
             found = self._buffers.get(suffix)
             if suffix in RANGES and found is not None:
                 extra[suffix] = found.float().reshape(1)
-        order = self._buffers.get(ready_name(_ORDER))
+        order = self._buffers.get(READY_ORDER)
         if order is not None:
             extra[CHANNEL_ORDER] = order.int()
         return replace(weight, extra=extra)
@@ -361,7 +361,7 @@ class QuantLinear(nn.Module):
         destination |= {prefix + suffix: tensor for suffix, tensor in self._remade().items()}
 
     def _release(self) -> None:
-        for name in (*self._ready, *(ready_name(key) for key in (_STATIC, _ZERO, _ORDER))):
+        for name in (*self._ready, ready_name(_STATIC), ready_name(_ZERO), READY_ORDER):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         self._ready = ()

@@ -234,6 +234,46 @@ void run_floats(int64_t isa, int dtype, int64_t features, int64_t columns, int64
          Shape{features, columns, 0}, rows);
 }
 
+void run_compact(int64_t isa, int64_t features, int64_t columns, int64_t rows) {
+  const ar_runtime runtime{nullptr, isa};
+  auto w = some(features * columns, 2);
+  const auto x = some(rows * columns, 2);
+  for (int64_t i = 0; i < features * columns; i += 7) w[2 * i + 1] = uint8_t(w[2 * i + 1] & 0x9f);
+  auto y = exactly<uint8_t>(rows * features * 2);
+  auto ends = exactly<uint32_t>(features);
+  const ar_floats floats{w.data(), int64_t(w.size()), features, columns};
+  const int64_t half = features / 2;
+  bool good = ar_compact_ends(&runtime, &floats, 0, half, ends.data()) == 0 &&
+              ar_compact_ends(&runtime, &floats, half, features, ends.data()) == 0;
+  const int64_t outliers = ends[features - 1];
+  auto blob = exactly<uint8_t>(ar_compact_bytes(features, columns, outliers));
+  const int64_t bytes = int64_t(blob.size());
+  good &= ar_compact(&runtime, &floats, 0, half, ends.data(), blob.data(), bytes) == 0 &&
+          ar_compact(&runtime, &floats, half, features, ends.data(), blob.data(), bytes) == 0;
+  const ar_compact_weight weight{blob.data(), bytes, features, columns, outliers};
+  const ar_product product{x.data(), int64_t(x.size()), rows, columns, 2, nullptr, y.data(),
+                           int64_t(y.size())};
+  good &= ar_multiply_compact(&runtime, &weight, &product) == 0;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < features; ++n) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < columns; ++k) {
+        const double term = as_double(x, m * columns + k, 2) * as_double(w, n * columns + k, 2);
+        sum += term;
+        size += fabs(term);
+      }
+      good &= near(as_double(y, m * features + n, 2), sum, size, 2);
+    }
+  const ar_compact_weight less{blob.data(), bytes - 1, features, columns, outliers};
+  good &= ar_multiply_compact(&runtime, &less, &product) != 0;
+  good &= ar_compact(&runtime, &floats, 0, features, ends.data(), blob.data(), bytes - 1) != 0;
+  for (auto& b : blob) b = uint8_t(next());  // whatever a blob says, no byte beyond it is read
+  good &= ar_multiply_compact(&runtime, &weight, &product) == 0;
+  w[1] = 0x7f, w[0] = 0x80;  // infinity
+  good &= ar_compact_ends(&runtime, &floats, 0, features, ends.data()) != 0;
+  expect(good, "compact", isa, 16, Shape{features, columns, 0}, rows);
+}
+
 void run_norm(int64_t isa, int dtype, int64_t rows, int64_t columns, int64_t form) {
   const ar_runtime runtime{nullptr, isa};
   const int64_t stride = columns + 5;
@@ -391,6 +431,9 @@ void run_steps(int64_t isa) {
   for (int dtype = 0; dtype < 3; ++dtype)
     for (const int64_t heads : {1, 5})
       for (const int64_t width : {32, 96, 128}) run_pairs(isa, dtype, heads, width);
+  for (int64_t rows = 1; rows <= 4; ++rows)
+    for (const int64_t columns : {1, 77, 128, 300})
+      for (const int64_t features : {1, 4, 19, 64}) run_compact(isa, features, columns, rows);
   for (int dtype = 0; dtype < 3; ++dtype) {
     for (int64_t rows = 1; rows <= 4; ++rows)
       for (const int64_t columns : {1, 15, 16, 77, 256})

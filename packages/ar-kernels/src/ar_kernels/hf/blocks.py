@@ -25,6 +25,7 @@ from ar_kernels.linear import QuantLinear
 from ar_kernels.native import library, steps
 from ar_kernels.native.layer import Parts
 from ar_kernels.native.modules import NativeNorm
+from ar_kernels.native.watched import WatchedModules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,10 +146,12 @@ def take_blocks(model: nn.Module) -> int:
         attention, perceptron = block.get_submodule("self_attn"), block.get_submodule("mlp")
         block.ar_taken = Taken(  # type: ignore[assignment]
             parts,
-            (
-                *_found(block, _BLOCK),
-                *_found(attention, (*_ATTENTION, *_HEAD_NORMS)),
-                *_found(perceptron, _PERCEPTRON),
+            WatchedModules(
+                (
+                    *_found(block, _BLOCK),
+                    *_found(attention, (*_ATTENTION, *_HEAD_NORMS)),
+                    *_found(perceptron, _PERCEPTRON),
+                )
             ),
         )
         block.ar_chain, block.ar_place = Chain(), 0  # type: ignore[assignment]

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ar_kernels.native import library as lib
 from ar_kernels.native.layer import Buffers, Step, run_calls, spread
+from ar_kernels.native.watched import Watched, WatchedModules, WatchedParameters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,6 +85,8 @@ class _Run:
         self.key = rows, apart, lib.best_isa()
         buffers = Buffers()
         self.steps = [Step(one.parts, rows, dtype, buffers) for one in blocks]
+        self._blobs = Watched(found for step in self.steps for found in step.blobs.found)
+        self._floats = WatchedParameters([m for step in self.steps for m in step.floats.modules])
         self.x = buffers.of("x", rows, hidden, dtype)
         self.cos, self.sin = (buffers.of(n, apart, parts.width, dtype) for n in ("cos", "sin"))
         self.outs = buffers.of("outs", len(blocks) * rows, hidden, dtype)
@@ -99,7 +102,7 @@ class _Run:
 
     def is_good(self) -> bool:
         """Tell whether the blocks still hold the weights that the calls point to."""
-        return all(step.is_good() for step in self.steps)
+        return self._blobs.is_same() and self._floats.is_same()
 
     def __call__(self, x: Tensor, given: Given, layers: list[tuple[Any, Room]]) -> Tensor | None:
         """Return the outputs of all blocks [blocks, B, 1, I]: a buffer; None: does not fit."""
@@ -133,6 +136,7 @@ class Chain:
         self._busy = threading.Lock()
         self._seen: tuple[int, int, int, int] | None = None
         self._trusted = False
+        self._watched = WatchedModules(found for one in blocks for found in one.watched.found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
         """Return an empty chain: the copy of one block must not copy them all."""
@@ -175,7 +179,7 @@ class Chain:
     def _run_ahead(self, x: Tensor, given: Given) -> _Ahead | None:
         """Run all blocks, None where that cannot be."""
         layers = self._rooms(given.cache)
-        if layers is None or not all(one.is_as_it_was() for one in self._blocks):
+        if layers is None or not self._watched.is_same():
             return None
         if not self._busy.acquire(blocking=False):
             return None

@@ -34,6 +34,8 @@ class CompactHead(NativeLinear):
 
     blob: Tensor | None
     outliers: int
+    _spots: Tensor
+    _seen: tuple[int, int, Tensor]
 
     @classmethod
     def compacting(
@@ -106,12 +108,14 @@ def compact_head(model: Any, returning: Returning | None = None) -> bool:
         model: of transformers, its float layers `NativeLinear`.
         returning: gives the weight's memory back, which is read only now and then from now on.
     """
-    head = model.get_output_embeddings()
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
     if type(head) is not NativeLinear or head.weight.dtype != torch.bfloat16:
         return False
     if not head.weight.is_contiguous():
         return False
-    made = CompactHead.compacting(head, None if returning is None else returning.seldom_read)
+    done_with = None if returning is None else returning.seldom_read(head.weight)
+    made = CompactHead.compacting(head, done_with)
     if made is not None:
         model.set_output_embeddings(made)
     return made is not None

@@ -55,8 +55,9 @@ def speed_up(
         KernelError: such a head cannot be made.
     """
     bits = asked_bits(head_bits)
-    asked = bits is not None and bits != OWN
-    rounded = {"rounded head": 1} if asked and round_head(model, bits) else {}
+    rounded = {}
+    if bits is not None and bits != OWN and round_head(model, bits):
+        rounded = {"rounded head": 1}
     if os.environ.get(ENV) == "plain" or library.missing() is not None:
         return rounded
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):

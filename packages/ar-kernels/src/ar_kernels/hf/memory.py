@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Callable, Container, Iterable
 
     from torch import Tensor
 
@@ -49,11 +49,20 @@ class Returning:
         if self._bytes >= _EVERY:
             self.finish()
 
-    def seldom_read(self, tensor: Tensor) -> None:
-        """Take a tensor that stays but is seldom read; what was written to it stays in memory."""
-        start = tensor.data_ptr()
+    def seldom_read(self, tensor: Tensor) -> Callable[[Tensor], None]:
+        """Return what gives parts of a tensor back that stays but is seldom read.
+
+        Nothing where a byte of its file's pages in memory was written to: that would be lost.
+        """
+        clean: list[tuple[int, int]] = []
         if sys.platform.startswith("linux") and tensor.device.type == "cpu":
-            _give_back([(start, start + tensor.nbytes)], _mapped(self._files, untouched=True))
+            clean = _mapped(self._files, untouched=True)
+
+        def give_back(part: Tensor) -> None:
+            start = part.data_ptr()
+            _give_back([(start, start + part.nbytes)], clean)
+
+        return give_back
 
     def finish(self) -> None:
         """Give back what was collected."""

@@ -9,7 +9,8 @@ from ar_kernels.native.layer import Parts, Step
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+
+    from ar_kernels.native.watched import WatchedModules
 
 
 class Made(dict[int, Step]):
@@ -27,18 +28,12 @@ class Taken:
     """What a block was taken with: its parts, where each was found, and steps made so far."""
 
     parts: Parts
-    watched: tuple[tuple[dict[str, Any], str, nn.Module], ...]
+    watched: WatchedModules
     steps: Made = field(default_factory=Made)
 
     def is_as_it_was(self) -> bool:
         """Tell whether nobody replaced one of the modules or hooked into it."""
-        for held, name, part in self.watched:
-            own = part.__dict__
-            if held.get(name) is not part or "forward" in own:
-                return False
-            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                return False
-        return True
+        return self.watched.is_same()
 
     def step(self, rows: int, dtype: torch.dtype) -> Step:
         """Return the step for a number of sequences, made again where weights are others."""

@@ -13,6 +13,8 @@ from torch.nn import functional
 from ar_kernels.weight import KernelError
 
 WORD = 32
+_WITHIN_BYTES = (2, 4, 8)
+"""Widths whose values do not cross bytes."""
 
 
 def pack_stream(values: Tensor, bits: int) -> Tensor:
@@ -28,6 +30,14 @@ def pack_stream(values: Tensor, bits: int) -> Tensor:
             raise KernelError(msg)
     count = values.shape[-1]
     words = -(-count * bits // WORD)
+    if bits in _WITHIN_BYTES:
+        padded = functional.pad(values.to(torch.uint8), (0, words * WORD // bits - count))
+        # flat, as strides of dimensions of size 1 may be anything
+        return (
+            _joined(padded.reshape(-1).contiguous(), bits)
+            .view(torch.int32)
+            .view(*values.shape[:-1], words)
+        )
     per_period, words_per_period = _period(bits)
     periods = -(-count // per_period)
     padded = functional.pad(values, (0, periods * per_period - count))
@@ -52,6 +62,10 @@ def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
     if words.shape[-1] * WORD < count * bits:
         msg = f"{words.shape[-1]} words cannot hold {count} values of {bits} bits"
         raise KernelError(msg)
+    if bits in _WITHIN_BYTES:
+        all_values = _apart(words.reshape(-1).contiguous().view(torch.uint8), bits)
+        per_row = words.shape[-1] * WORD // bits
+        return all_values.view(*words.shape[:-1], per_row)[..., :count].contiguous()
     per_period, words_per_period = _period(bits)
     periods = -(-count // per_period)
     needed = periods * words_per_period
@@ -65,6 +79,39 @@ def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
             value = value & (2 ** (WORD - shift) - 1) | lanes[..., word + 1] << (WORD - shift)
         out[..., i] = (value & (2**bits - 1)).to(torch.uint8)
     return out.reshape(*words.shape[:-1], periods * per_period)[..., :count].contiguous()
+
+
+def _apart(packed: Tensor, bits: int) -> Tensor:
+    """Return the values [n * 8 / bits] of bytes [n].
+
+    Lanes of as many bytes as a byte has values are halved until each byte holds one: as many
+    operations for all values as reading them one after the other takes for each.
+    """
+    if bits == 8:  # noqa: PLR2004
+        return packed
+    if bits == 4:  # noqa: PLR2004
+        lanes = packed.to(torch.int16)
+        lanes |= lanes << 4
+        lanes &= 0x0F0F
+        return lanes.view(torch.uint8)
+    lanes = packed.to(torch.int32)
+    lanes |= lanes << 12
+    lanes &= 0x000F000F
+    lanes |= lanes << 6
+    lanes &= 0x03030303
+    return lanes.view(torch.uint8)
+
+
+def _joined(values: Tensor, bits: int) -> Tensor:
+    """Return bytes [n * bits / 8] of values [n]; the inverse of `_apart`."""
+    if bits == 8:  # noqa: PLR2004
+        return values
+    if bits == 4:  # noqa: PLR2004
+        lanes = values.view(torch.int16)
+        return (lanes | lanes >> 4).to(torch.uint8)
+    lanes = values.view(torch.int32)
+    lanes = lanes | lanes >> 6
+    return (lanes & 0xF | lanes >> 12 & 0xF0).to(torch.uint8)
 
 
 def _period(bits: int) -> tuple[int, int]:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ar_kernels.layer_tensors import READY_BLOB
 from ar_kernels.native import library as lib
+from ar_kernels.native.watched import Watched, WatchedParameters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ar_kernels.linear import QuantLinear
     from ar_kernels.native.modules import NativeNorm
@@ -93,12 +95,7 @@ class Step:
     ) -> None:
         """Make buffers, unless they are given, and arguments."""
         self.parts, self.rows, self.dtype = parts, rows, dtype
-        norms = (*parts.norms, *(parts.head_norms or ()))
-        biased = [(one, bias) for one in parts.linears if (bias := one.bias) is not None]
-        self._floats = [(*_held(n, "weight"), n.weight.data_ptr()) for n in norms]
-        self._floats += [(*_held(one, "bias"), bias.data_ptr()) for one, bias in biased]
-        # new weights that are loaded into a layer are packed anew, which renews its bias here too
-        self._blobs = [(one, one.packed_blob()) for one in parts.linears]
+        self.blobs, self.floats = _watched(parts)
         self.busy = threading.Lock()
         self._library = lib.library()
         self._runtime = lib.runtime(lib.best_isa())
@@ -150,9 +147,7 @@ class Step:
 
     def is_good(self) -> bool:
         """Tell whether the parts still hold what the arguments point to."""
-        return all(one.packed_blob() is blob for one, blob in self._blobs) and all(
-            held[name].data_ptr() == at for held, name, at in self._floats
-        )
+        return self.blobs.is_same() and self.floats.is_same()
 
     def run(
         self,
@@ -320,6 +315,15 @@ class Step:
         return lib.Attention(query.data_ptr(), None, None, number, *shape, *strides, *ends)
 
 
+def _watched(parts: Parts) -> tuple[Watched, WatchedParameters]:
+    """Return what arguments point to: packed weights, and the values of norms and biases."""
+    floats = [(norm, "weight") for norm in (*parts.norms, *(parts.head_norms or ()))]
+    biases = [(one, "bias") for one in parts.linears if one.bias is not None]
+    # new weights that are loaded into a layer are packed anew, which renews its bias here too
+    blobs = [(vars(one)["_buffers"], READY_BLOB, one.packed_blob()) for one in parts.linears]
+    return Watched(blobs), WatchedParameters([*floats, *biases])
+
+
 def spread(mask: Tensor | None, rows: int, heads: int, length: int) -> Tensor | None:
     """Return a mask [B or 1, H or 1, 1, T] as [B, H, 1, T] with its values side by side."""
     if mask is None:
@@ -332,8 +336,3 @@ def run_calls(calls: ctypes.Array[lib.Call]) -> None:
     """Run a row of calls with torch's threads."""
     given = lib.runtime(lib.best_isa()), ctypes.addressof(calls), len(calls)
     lib.check(lib.library().ar_run(*given, torch.get_num_threads()))
-
-
-def _held(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Return the table in which a module holds a parameter, and its name there."""
-    return vars(module)["_parameters"], name

@@ -31,6 +31,7 @@ void with_bits(int bits, Fn&& fn) {
 
 void pack_strips(const Format& f, const uint8_t* codes, uint8_t* first, int64_t begin,
                  int64_t end) {
+  const uint32_t mask = (1u << f.bits) - 1;
   with_bits(f.bits, [&](auto pack, auto) {
     for (int64_t s = begin; s < end; ++s) {
       uint8_t* out = first + s * f.record + f.codes_at;
@@ -39,12 +40,15 @@ void pack_strips(const Format& f, const uint8_t* codes, uint8_t* first, int64_t 
           for (int lane = 0; lane < 32; ++lane) {
             const int64_t row = s * kStrip + c * kBlock + lane / 2;
             uint32_t code[kFields];
-            for (int i = 0; i < kFields; ++i) {
-              const int64_t column = b * kDepth + 2 * i + (lane & 1);
-              const bool inside = row < f.rows && column < f.columns;
-              code[i] = to_stored(f, inside ? codes[row * f.columns + column] : 0);
-              code[i] &= (1u << f.bits) - 1;
-            }
+            const int64_t column = b * kDepth + (lane & 1);
+            const int64_t left = row < f.rows ? f.columns - column : 0;
+            const uint8_t* at = codes + row * f.columns + column;
+            if (left >= 2 * kFields - 1)
+              for (int i = 0; i < kFields; ++i) code[i] = at[2 * i] & mask;
+            else
+              for (int i = 0; i < kFields; ++i) code[i] = 2 * i < left ? at[2 * i] & mask : 0;
+            if (f.bits == 8)
+              for (auto& one : code) one = to_stored(f, one);
             if (f.bits == 8) pack_lane_8(code, lane, out);
             else pack(code, out + 2 * lane);
           }
