@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ar_kernels import ops, registry
-from ar_kernels.backends.base import ExactBackend, Need, PackedWeight
+from ar_kernels.backends.base import BindingBackend, ExactBackend, Need
 from ar_kernels.backends.reference import encode_meta
 from ar_kernels.backends.select import choose
 from ar_kernels.layer_tensors import (
-    RANGES,
     READY_BLOB,
     READY_ORDER,
     as_foretold,
-    as_stored,
     on_device,
     ranges_of,
     ready_name,
@@ -25,11 +23,13 @@ from ar_kernels.layer_tensors import (
 from ar_kernels.layouts.base import TensorFact, optional_of
 from ar_kernels.lazy_weight import LazyWeight
 from ar_kernels.numerics.activation import refuses_activation
+from ar_kernels.stored_layer import StoredLayer
 from ar_kernels.weight import CHANNEL_ORDER, KernelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from ar_kernels.backends.base import BoundProduct
     from ar_kernels.weight import QuantizedWeight
     from ar_schemes import TensorSpec
 
@@ -37,7 +37,7 @@ _STATIC, _ZERO = "static", "static_zero"
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(StoredLayer):
     """A linear layer [I] -> [O] whose weight is quantized.
 
     Its state dict holds exactly the tensors of a checkpoint (`qweight`, `scales`, ... as the
@@ -89,15 +89,14 @@ class QuantLinear(nn.Module):
         self.columns = columns
         self.layout = layout
         self.dtype = dtype
-        self.backend: str | None = None
+        self.backend = None
         self._prefer: str | None = None
-        self._ready: tuple[str, ...] = ()
-        self._keys: tuple[str, ...] = ()
-        self._meta: list[int] = []
+        self._ready = self._keys = self._released = ()
+        self._meta = []
         self._quantizes: list[int] | None = None
-        self._released: tuple[str, ...] = ()
+        self._bound: BoundProduct | None = None
         self._foretold = {**optional_of(found), **found.facts(spec, rows, columns)}
-        self._facts: dict[str, TensorFact] = found.facts(spec, rows, columns)
+        self._facts = found.facts(spec, rows, columns)
         self._facts |= {k: v for k, v in (stored or {}).items() if k in self._foretold}
         for suffix, fact in self._facts.items():
             empty = torch.zeros(fact.shape, dtype=fact.dtype, device=device)
@@ -229,6 +228,7 @@ class QuantLinear(nn.Module):
             self._released = tuple(k for k in self._facts if k == codes or k in _SCALES)
             for suffix in self._released:
                 del self._buffers[suffix]  # torch 2.13 cannot export a buffer that is None
+        self._bind()
 
     def leave_activations(self) -> None:
         """Compute with activations as they come from now on, whatever the scheme says.
@@ -265,6 +265,11 @@ class QuantLinear(nn.Module):
         Computed in the layer's `dtype`, x quantized first where the scheme says so. The first
         call prepares the layer if nobody has.
         """
+        bound = self._bound
+        if bound is not None and not torch.compiler.is_compiling():
+            quick = bound(x, self._buffers)
+            if quick is not None:
+                return quick
         if self.backend is None:
             self.prepare(self._prefer)
         assert self.backend is not None
@@ -288,6 +293,7 @@ class QuantLinear(nn.Module):
     def settle(self, blob: Tensor) -> None:
         """Compute with a copy of the packed weight from now on."""
         self._buffers[READY_BLOB] = blob
+        self._bind()
 
     def packed_meta(self) -> tuple[int, ...]:
         """Return the backend's integers of the packed weight."""
@@ -312,60 +318,29 @@ class QuantLinear(nn.Module):
     def _acts(self) -> str:
         return "" if self.activation is None else f", activations={self.activation}"
 
-    def _buffer(self, name: str) -> Tensor:
-        found = self._buffers[name]
-        assert found is not None
-        return found
+    def _bind(self) -> None:
+        """Prepare the product for calls that ask for nothing else."""
+        ready = self.ready()
+        self._bound = None
+        if ready is not None:
+            buffers, meta, name = ready
+            backend = registry.backend(name)
+            if isinstance(backend, BindingBackend):
+                held = dict(zip(self._ready, buffers, strict=True))
+                self._bound = backend.bind(held, tuple(meta), self.dtype)
 
-    def _unpacked(self) -> QuantizedWeight:
-        """Return the weight out of the backend's tensors."""
-        assert self.backend is not None
-        backend = registry.backend(self.backend)
-        assert isinstance(backend, ExactBackend)
-        held = dict(zip(self._keys, map(self._buffer, self._ready), strict=True))
-        packed = PackedWeight(held, tuple(self._meta))
-        weight = backend.unpack(packed, self._packed_for)
-        extra = dict(weight.extra)
-        for suffix in self._facts:
-            found = self._buffers.get(suffix)
-            if suffix in RANGES and found is not None:
-                extra[suffix] = found.float().reshape(1)
-        order = self._buffers.get(READY_ORDER)
-        if order is not None:
-            extra[CHANNEL_ORDER] = order.int()
-        return replace(weight, extra=extra)
-
-    def _remade(self) -> dict[str, Tensor]:
-        """Return the tensors that were let go, as the checkpoint holds them."""
-        if not self._released:
-            return {}
-        with torch.no_grad():
-            weight = self._unpacked()
-            if weight.zero_point is not None:
-                # the others do not depend on it, and files may hold one that their layout
-                # cannot write
-                weight = replace(weight, zero_point=torch.ones_like(weight.zero_point))
-            packed = registry.layout(self.layout).pack(weight)
-            return {k: as_stored(packed[k], self._facts[k]) for k in self._released}
-
-    def _restore(self) -> None:
-        """Hold again what was let go."""
-        self._buffers.update(self._remade())
-        self._released = ()
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        """Save what a checkpoint holds."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= {prefix + suffix: tensor for suffix, tensor in self._remade().items()}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of another layer, with a product of its own."""
+        super().__setstate__(state)
+        if self.backend is not None:
+            self._bind()
 
     def _release(self) -> None:
         for name in (*self._ready, ready_name(_STATIC), ready_name(_ZERO), READY_ORDER):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         self._ready = ()
-        self._quantizes = None
+        self._quantizes = self._bound = None
         self.backend = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:

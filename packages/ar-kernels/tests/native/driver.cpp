@@ -405,6 +405,9 @@ void run_several(int64_t isa, int64_t rows) {
     products[i] = ar_product{normed.data(), int64_t(normed.size()), rows, 96, 2, nullptr,
                              alone[i].data(), int64_t(alone[i].size())};
     good &= ar_multiply(&alone_runtime, weights + i, products + i) == 0;
+    auto again = exactly<uint8_t>(alone[i].size());
+    const ar_bound bound{&alone_runtime, weights + i, 2};
+    good &= ar_multiply_bound(&bound, normed.data(), rows, again.data()) == 0 && again == alone[i];
   }
   const ar_call calls[] = {{1, &norm, nullptr, 0}, {0, weights, products, 3}};
   for (const ar_parallel parallel : {ar_parallel(nullptr), ar_parallel(in_threads),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -97,3 +97,31 @@ class ExactBackend(Backend, Protocol):
 
     def unpack(self, packed: PackedWeight, need: Need) -> QuantizedWeight:
         """Return the weight; the exact inverse of `pack`."""
+
+
+@runtime_checkable
+class BoundProduct(Protocol):
+    """The product with one packed weight, its arguments prepared. A copy of it is None."""
+
+    def __call__(self, x: Tensor, buffers: Mapping[str, Tensor | None]) -> Tensor | None:
+        """Return what `Backend.linear` returns without a bias.
+
+        None where this is not for it: x is of another type, recorded or differentiated, or
+        `buffers` does not hold the weight any more.
+        """
+
+
+@runtime_checkable
+class BindingBackend(Backend, Protocol):
+    """A backend whose calls cost less where most of their work is done once. Optional."""
+
+    def bind(
+        self, buffers: Mapping[str, Tensor], meta: tuple[int, ...], dtype: torch.dtype
+    ) -> BoundProduct | None:
+        """Return the product with a packed weight, None where there is nothing to gain.
+
+        Args:
+            buffers: of the packed weight in the order of `buffer_names`, by the layer's names.
+            meta: of the packed weight.
+            dtype: of the activations.
+        """

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.native import library
+from ar_kernels.native.bound import Bound
 from ar_kernels.native.packing import FLAGS, TWO_LEVELS, pack, unpack
 from ar_kernels.native.product import linear
 from ar_kernels.native.storage import refuses
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    import torch
     from torch import Tensor
 
-    from ar_kernels.backends.base import Need
+    from ar_kernels.backends.base import BoundProduct, Need
     from ar_kernels.weight import QuantizedWeight
 
 
@@ -68,3 +70,10 @@ class CpuNative:
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """Return x [..., I] times the weight transposed, plus bias: [..., O], dtype of x."""
         return linear(x, packed.buffers["blob"], packed.meta, bias)
+
+    def bind(
+        self, buffers: Mapping[str, Tensor], meta: tuple[int, ...], dtype: torch.dtype
+    ) -> BoundProduct | None:
+        """Return the product with a packed weight, for calls of few rows."""
+        name, blob = next(iter(buffers.items()))
+        return Bound(name, blob, meta, dtype) if dtype in library.DTYPES else None

@@ -68,6 +68,16 @@ class Product(ctypes.Structure):
     )
 
 
+class Bound(ctypes.Structure):
+    """`ar_bound` of api.h."""
+
+    _fields_ = (
+        ("runtime", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+    )
+
+
 class Floats(ctypes.Structure):
     """`ar_floats` of api.h."""
 
@@ -307,6 +317,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "ar_pack": (runtime, pointer, pointer, number, pointer, number),
         "ar_unpack": (runtime, weight, pointer, number),
         "ar_multiply": (runtime, weight, product),
+        "ar_multiply_bound": (pointer, pointer, number, pointer),
         "ar_multiply_experts": (runtime, weight, product, pointer, number),
         "ar_expand": (runtime, weight, number, number, number, pointer, number),
         "ar_multiply_floats": (runtime, floats, product),

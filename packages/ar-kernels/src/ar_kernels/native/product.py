@@ -52,8 +52,8 @@ def linear(
     """
     rows, columns = meta[ROWS], meta[COLUMNS]
     _check(x, columns)
-    isa = _isa(isa, meta, x.dtype)
-    if x.numel() >= columns * _EXPAND_FROM.get((isa, x.dtype), 1 << 62):
+    isa = isa_for(meta, x.dtype, isa)
+    if x.numel() >= columns * expands_from(isa, x.dtype):
         flat = x.reshape(-1, columns)
         return _by_expansion(flat, blob, meta, bias, isa).view(*x.shape[:-1], rows)
     out = x.new_empty((*x.shape[:-1], rows))
@@ -97,7 +97,7 @@ def experts_linear(
     product = product_of(x, out, bias)
     lib.check(
         lib.library().ar_multiply_experts(
-            *(lib.runtime(_isa(isa, meta, x.dtype)), lib.weight(blob, meta), product),
+            *(lib.runtime(isa_for(meta, x.dtype, isa)), lib.weight(blob, meta), product),
             *(offsets.data_ptr(), offsets.numel()),
         )
     )
@@ -156,11 +156,16 @@ def _by_expansion(
     return out
 
 
-def _isa(isa: str | None, meta: tuple[int, ...], dtype: torch.dtype) -> str:
+def isa_for(meta: tuple[int, ...], dtype: torch.dtype, isa: str | None = None) -> str:
     """Return the instruction set for a product: that of bf16 only where bf16 holds the weights."""
     isa = isa or lib.best_isa()
     inexact = meta[FLAGS] & ONLY_FLOAT32 and dtype != torch.bfloat16
     return "avx512" if inexact and isa == "avx512_bf16" else isa
+
+
+def expands_from(isa: str, dtype: torch.dtype) -> int:
+    """Return the rows of x from which the weight is expanded for a float product."""
+    return _EXPAND_FROM.get((isa, dtype), 1 << 62)
 
 
 def _check(x: Tensor, columns: int) -> None:

@@ -123,6 +123,16 @@ int32_t ar_multiply(const ar_runtime* rt, const ar_weight* weight, const ar_prod
   return multiply(rt, *k, w.format, weight->blob, weight->blob + kHeader, product);
 }
 
+int32_t ar_multiply_bound(const ar_bound* b, const void* x, int64_t rows, void* y) {
+  if (b == nullptr || b->runtime == nullptr || b->weight == nullptr) return kBadFormat;
+  const int64_t* meta = b->weight->meta;
+  if (meta == nullptr || rows < 0 || rows >= int64_t(1) << 31) return kBadInput;
+  const int64_t width = width_of(b->dtype);
+  const ar_product product{x,        rows * meta[1] * width, rows, meta[1],
+                           b->dtype, nullptr,                y,    rows * meta[0] * width};
+  return ar_multiply(b->runtime, b->weight, &product);
+}
+
 int32_t ar_multiply_experts(const ar_runtime* rt, const ar_weight* weight,
                             const ar_product* product, const int64_t* offsets, int64_t count) {
   Weights w;

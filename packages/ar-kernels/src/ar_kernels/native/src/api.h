@@ -35,6 +35,13 @@ typedef struct {
   int64_t y_bytes;
 } ar_product;
 
+// What stays the same from one product of a weight to the next.
+typedef struct {
+  const ar_runtime* runtime;
+  const ar_weight* weight;
+  int64_t dtype;         // of x and y
+} ar_bound;
+
 // A weight of plain floats, [features][columns] without gaps, in the type of the product.
 typedef struct {
   const void* values;
@@ -115,6 +122,9 @@ AR_API int32_t ar_pack(const ar_runtime*, const int64_t* meta, const uint8_t* co
                        int64_t codes_bytes, uint8_t* blob, int64_t bytes);
 AR_API int32_t ar_unpack(const ar_runtime*, const ar_weight*, uint8_t* codes, int64_t codes_bytes);
 AR_API int32_t ar_multiply(const ar_runtime*, const ar_weight*, const ar_product*);
+// The same without a bias, for x [rows][columns of the weight] and y without gaps, whose sizes the
+// caller answers for.
+AR_API int32_t ar_multiply_bound(const ar_bound*, const void* x, int64_t rows, void* y);
 // Rows [offsets[e], offsets[e + 1]) of x times weight e.
 AR_API int32_t ar_multiply_experts(const ar_runtime*, const ar_weight*, const ar_product*,
                                    const int64_t* offsets, int64_t count);

@@ -10,7 +10,7 @@
 namespace ar {
 namespace {
 
-constexpr int kFar = 10240, kNear = 2048;  // bytes
+constexpr int kFar = 10240, kNear = 4096;  // bytes
 
 // The line of a strip's block of codes to ask for at one of so many steps, or -1.
 constexpr int line_at(int bits, int steps, int step) {

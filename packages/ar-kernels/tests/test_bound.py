@@ -1,0 +1,129 @@
+"""Products whose arguments are prepared: when a layer uses them, and that they give the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ar_kernels import KernelError, QuantLinear, data_type
+from ar_kernels.native import library
+from ar_kernels.native.bound import Bound
+from ar_schemes import Granularity, Span, TensorSpec
+
+pytestmark = pytest.mark.skipif(
+    library.missing() is not None, reason="the native library is not built"
+)
+SPEC = TensorSpec(bits=4, granularity=Granularity(Span.GROUP, (32,)))
+
+
+def layer_of(*, bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> QuantLinear:
+    numbers = data_type("int")
+    weight = torch.randn(96, 64)
+    quantized = numbers.quantize(weight, SPEC, numbers.parameters(weight, SPEC))
+    given = torch.randn(96) if bias else None
+    made = QuantLinear.from_weight(quantized, layout="gptq", bias=given, dtype=dtype)
+    made.prepare("cpu_native")
+    return made
+
+
+def both(layer: QuantLinear, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return what the prepared product gives, and what the layer computes without it."""
+    bound = layer._bound
+    quick = None if bound is None else bound(x, layer._buffers)
+    layer._bound = None
+    out = layer(x)
+    layer._bound = bound
+    return quick, out
+
+
+@pytest.mark.parametrize("dtype", list(library.DTYPES), ids=str)
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 1, 64), (3, 2, 5, 64), (0, 64)])
+def test_it_is_the_same_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer = layer_of(dtype=dtype)
+    x = torch.randn(shape).to(dtype)
+    quick, out = both(layer, x)
+    assert quick is not None
+    assert quick.shape == out.shape
+    assert torch.equal(quick, out)
+    assert torch.equal(layer(x), out)
+
+
+def test_what_is_not_for_it_goes_the_usual_way() -> None:
+    layer = layer_of()
+    plain = torch.randn(4, 64).bfloat16()
+    others: list[torch.Tensor] = [
+        torch.randn(4, 64),
+        torch.randn(64, 4).bfloat16().t(),
+        plain.clone().requires_grad_(),
+        torch.nn.Parameter(plain),
+    ]
+    for x in others:
+        quick, out = both(layer, x)
+        assert quick is None
+        assert out.dtype == x.dtype
+        assert torch.equal(out, layer(x))
+    layer(others[2]).sum().backward()
+    assert others[2].grad is not None
+    assert layer_of(bias=True)._bound is None
+    with pytest.raises(KernelError, match=r"need float32, float16 or bfloat16 \[\.\.\., 64\]"):
+        layer(torch.randn(4, 63).bfloat16())
+
+
+def test_modes_and_graphs_see_an_op() -> None:
+    layer = layer_of()
+    x = torch.randn(1, 64).bfloat16()
+    expected = layer(x)
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # noqa: ANN202
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        assert torch.equal(layer(x), expected)
+    assert "ar_kernels.quant_linear_plain.default" in seen
+    with torch.no_grad():
+        graph = torch.compile(layer, fullgraph=True, backend="eager")
+        assert torch.equal(graph(x), expected)
+        exported = torch.export.export(layer, (x,), strict=False).module()
+        assert torch.equal(exported(x), expected)
+
+
+def test_another_weight_is_another_product() -> None:
+    layer, other = layer_of(), layer_of()
+    x = torch.randn(1, 64).bfloat16()
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    blob = layer.packed_blob()
+    assert blob is not None
+    layer.settle(blob.clone())
+    quick, out = both(layer, x)
+    assert quick is not None
+    assert torch.equal(quick, out)
+    layer._buffers["ready_blob"] = blob.clone()  # by somebody who does not know of it
+    assert both(layer, x)[0] is None
+    layer.to(torch.float32)
+    quick, out = both(layer, x.float())
+    assert quick is not None
+    assert torch.equal(quick, out)
+    layer.prepare("dense")
+    assert layer._bound is None
+
+
+def test_copies_have_their_own() -> None:
+    layer = layer_of()
+    x = torch.randn(1, 64).bfloat16()
+    expected = layer(x)
+    for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301 - our own
+        assert isinstance(made._bound, Bound)
+        assert made._bound is not layer._bound
+        quick, out = both(made, x)
+        assert quick is not None
+        assert torch.equal(quick, expected)
+        assert torch.equal(out, expected)
