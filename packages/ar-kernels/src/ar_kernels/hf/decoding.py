@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 ENV = "AR_KERNELS_DECODING"
 """`plain` leaves a model's float parts as they are."""
+_EVERY = 8 << 20
+"""Bytes of weights after which memory that they moved out of is given back."""
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _FORMS = (steps.ROUNDS_FIRST, steps.ADDS_ONE, steps.PLAIN)
 
@@ -82,21 +84,23 @@ def _settle(model: nn.Module) -> None:
 
     Not a float head: moving 311 MB gained nothing, and what is made compact lies in large pages.
     """
-    part: list[QuantLinear] = []
-    size = 0
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    for i, layer in enumerate(layers):
+    left = sum(arena.room_of(blob) for m in layers if (blob := m.packed_blob()) is not None)
+    region, moved = arena.Region(0), 0
+    for layer in layers:
         blob = layer.packed_blob()
-        if blob is not None:
-            part.append(layer)
-            size += blob.numel()
-        if part and (size >= arena.CHUNK or i + 1 == len(layers)):  # so that others may go
-            blobs = [b for one in part if (b := one.packed_blob()) is not None]
-            for one, settled in zip(part, arena.settled(blobs), strict=True):
-                one.settle(settled)
-            part, size = [], 0
-            del blobs
+        if blob is None:
+            continue
+        size = arena.room_of(blob)
+        if not region.fits(blob):
+            region = arena.Region(max(size, min(left, arena.REGION)))
+        layer.settle(region.take(blob))
+        left, moved = left - size, moved + size
+        del blob
+        if moved >= _EVERY:  # what was moved out of may go
             trim()
+            moved = 0
+    trim()
 
 
 def _norms(model: nn.Module) -> int:

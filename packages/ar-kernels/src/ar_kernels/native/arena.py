@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
 PAGE = 2 << 20
 """Bytes of a large page."""
-CHUNK = 8 << 20
-"""Bytes of weights that share an allocation; so many are in memory twice while they settle."""
+REGION = 128 << 20
+"""Bytes of weights that share an allocation: only whole pages are large, and its end is none."""
 _ALIGN = 64
 _HUGEPAGE = 14
 """MADV_HUGEPAGE of Linux."""
@@ -40,32 +38,28 @@ def large_pages(size: int) -> Tensor:
     return made
 
 
-def settled(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return copies of uint8 tensors [n] that lie one behind the other in large pages."""
-    out: list[Tensor] = []
-    part: list[Tensor] = []
-    size = 0
-    for weight in weights:
-        part.append(weight)
-        size += _room(weight)
-        if size >= CHUNK:
-            out += _together(part, size)
-            part, size = [], 0
-    return out + (_together(part, size) if part else [])
+class Region:
+    """Memory in large pages that weights move into, one behind the other."""
 
+    def __init__(self, size: int) -> None:
+        """Reserve room for weights of so many bytes together (`room_of` each)."""
+        self._home, self._at = large_pages(size), 0
 
-def _room(weight: Tensor) -> int:
-    return (weight.numel() + _ALIGN - 1) // _ALIGN * _ALIGN
+    def fits(self, weight: Tensor) -> bool:
+        """Tell whether there is room for a weight."""
+        return self._at + room_of(weight) <= self._home.numel()
 
-
-def _together(weights: Sequence[Tensor], size: int) -> list[Tensor]:
-    home, at, out = large_pages(size), 0, []
-    for weight in weights:
-        place = home[at : at + weight.numel()]
+    def take(self, weight: Tensor) -> Tensor:
+        """Return a copy of a uint8 tensor [n] behind those taken before."""
+        place = self._home[self._at : self._at + weight.numel()]
         place.copy_(weight)
-        out.append(place)
-        at += _room(weight)
-    return out
+        self._at += room_of(weight)
+        return place
+
+
+def room_of(weight: Tensor) -> int:
+    """Return the bytes that a weight takes in a region."""
+    return (weight.numel() + _ALIGN - 1) // _ALIGN * _ALIGN
 
 
 @functools.cache
