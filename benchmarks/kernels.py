@@ -37,6 +37,7 @@ from torch.nn import functional
 
 import ar_kernels
 from ar_kernels.backends import Need, PackedWeight
+from ar_kernels.backends.base import BindingBackend
 from ar_kernels.native import library
 from ar_kernels.native.arena import large_pages
 from ar_kernels.native.product import read_bandwidth
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
+
+    from ar_kernels.backends.base import BoundProduct
 
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 MAIN = {"square": (4096, 4096), "wide": (2048, 8192)}
@@ -248,7 +251,15 @@ def _ours(weight: Tensor, name: str, dtype: torch.dtype) -> Candidate:
     packed = backend.pack(quantized, Need(spec, *weight.shape, "cpu", dtype))
     blob = packed.buffers["blob"]
     packs = [PackedWeight({"blob": b}, packed.meta) for b in _copies(blob, blob.numel())]
-    calls = [lambda x, p=p: backend.linear(x, p, None) for p in packs]
+    assert isinstance(backend, BindingBackend)
+    bound = [(p, backend.bind(p.buffers, p.meta, dtype)) for p in packs]
+
+    def run(x: Tensor, packed: PackedWeight, quick: BoundProduct | None) -> Tensor:
+        """Multiply as a layer does."""
+        found = None if quick is None else quick(x, packed.buffers)
+        return backend.linear(x, packed, None) if found is None else found
+
+    calls = [functools.partial(run, packed=p, quick=q) for p, q in bound]
     label = name if dtype == torch.bfloat16 else f"{name}, {str(dtype).removeprefix('torch.')} x"
     return Candidate(f"ar {label}", blob.numel(), calls, dtype, quantized.dequantize(torch.float64))
 

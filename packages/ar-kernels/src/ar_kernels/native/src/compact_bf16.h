@@ -21,10 +21,10 @@ struct CompactPairs : CompactFloats<Bytes512> {
         sums.acc[run][m] = _mm512_dpbf16_ps(sums.acc[run][m], __m512bh(w), seen);
       }
     };
-    fetch_line(block + 128);
+    fetch_floats(block + 128);
     unrolled<0, 2>([&](auto half) AR_FORCED {
       constexpr int H = decltype(half)::value;
-      fetch_line(block + 64 * H);
+      fetch_floats(block + 64 * H);
       const __m512i rest = W::load(block + 64 * H), code = W::four<H>(codes);
       const __m512i high = W::with(W::look_up(e.high, code), rest, 0x80);
       const __m512i low = W::with(W::look_up(e.low, code), rest, 0x7f);

@@ -101,7 +101,7 @@ struct CompactFloats {
     constexpr int kParts = 64 / int(sizeof(I)), kRun = 2 * V::N;
     const float* x = static_cast<const float*>(job.ready) + k;
     const int64_t depth = job.blocks * kCompactColumns;
-    unrolled<0, 3>([&](auto line) AR_FORCED { fetch_line(block + 64 * decltype(line)::value); });
+    unrolled<0, 3>([&](auto line) AR_FORCED { fetch_floats(block + 64 * decltype(line)::value); });
     unrolled<0, 2 * kParts>([&](auto part) AR_FORCED {
       constexpr int P = decltype(part)::value, kHalf = P / kParts, kPart = P % kParts;
       const I rest = W::load(block + kHalf * 64 + kPart * sizeof(I));

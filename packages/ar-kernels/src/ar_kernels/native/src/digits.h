@@ -148,16 +148,31 @@ AR_INLINE void add_segment(const Job& job, const Record& rec, const Segment& s, 
   for (int64_t b = s.unit / 2; b < (s.unit + s.units) / 2; ++b) {
     const uint8_t* codes = rec.codes + b * 4 * 64 * BITS;
     const uint8_t* digits = static_cast<const uint8_t*>(job.packed) + 2 * kDepth * b;
-    unrolled<0, kQuads>([&](auto quad) AR_FORCED {
-      constexpr int Q = decltype(quad)::value;
-      const auto high = D::quad(digits + 4 * Q), low = D::quad(digits + kDepth + 4 * Q);
+    const auto add = [&](auto quad, auto vector, auto high, auto low) AR_FORCED {
+      constexpr int Q = decltype(quad)::value, v = decltype(vector)::value, c = C + v / kPer;
+      constexpr int step = D::kInOrder ? c * kQuads + Q : 4 * Q + c;
+      if constexpr (v % kPer == 0) fetch<BITS, 4 * kQuads, step>(codes);
+      const uint8_t* block = codes + c * 64 * BITS + v % kPer * V::N * 4;
+      acc[v].add(bytes<D, BITS, Q>(block), high, low);
+    };
+    if constexpr (D::kInOrder) {  // the hardware fetches lines that are read one after the other
+      typename D::I high[kQuads], low[kQuads];
+      for (int q = 0; q < kQuads; ++q) {
+        high[q] = D::quad(digits + 4 * q);
+        low[q] = D::quad(digits + kDepth + 4 * q);
+      }
       unrolled<0, kVectors>([&](auto vector) AR_FORCED {
-        constexpr int v = decltype(vector)::value, c = C + v / kPer;
-        if constexpr (v % kPer == 0) fetch<BITS, 4 * kQuads, 4 * Q + c>(codes);
-        const uint8_t* block = codes + c * 64 * BITS + v % kPer * V::N * 4;
-        acc[v].add(bytes<D, BITS, Q>(block), high, low);
+        unrolled<0, kQuads>([&](auto quad) AR_FORCED {
+          add(quad, vector, high[decltype(quad)::value], low[decltype(quad)::value]);
+        });
       });
-    });
+    } else {
+      unrolled<0, kQuads>([&](auto quad) AR_FORCED {
+        constexpr int Q = decltype(quad)::value;
+        const auto high = D::quad(digits + 4 * Q), low = D::quad(digits + kDepth + 4 * Q);
+        unrolled<0, kVectors>([&](auto vector) AR_FORCED { add(quad, vector, high, low); });
+      });
+    }
     for (auto& one : acc) one.close();
   }
   for (int v = 0; v < kVectors; ++v) {

@@ -30,7 +30,7 @@ struct DotsOfPairs {
         int64_t k = 0;
         for (; k + 32 * kSets <= job.columns; k += 32 * kSets)
           for (int set = 0; set < kSets; ++set) {
-            fetch_line(w + k + 32 * set);
+            fetch_floats(w + k + 32 * set);
             add(set, k + 32 * set, __mmask32(-1));
           }
         for (; k < job.columns; k += 32) {

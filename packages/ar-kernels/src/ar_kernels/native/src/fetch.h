@@ -10,7 +10,8 @@
 namespace ar {
 namespace {
 
-constexpr int kFar = 10240, kNear = 4096;  // bytes
+constexpr int kFar = 16384, kNear = 8192;              // bytes
+constexpr int kFarOfFloats = 10240, kNearOfFloats = 4096;  // where lines need little decoding
 
 // The line of a strip's block of codes to ask for at one of so many steps, or -1.
 constexpr int line_at(int bits, int steps, int step) {
@@ -19,16 +20,19 @@ constexpr int line_at(int bits, int steps, int step) {
 }
 
 // in assembly: compilers move their own prefetches to the front of what is unrolled
+template <int FAR, int NEAR>
 AR_INLINE void fetch_line(const void* at) {
   const char* line = static_cast<const char*>(at);
-  asm volatile("prefetcht1 %0" ::"m"(line[kFar]));
-  asm volatile("prefetcht0 %0" ::"m"(line[kNear]));
+  asm volatile("prefetcht1 %0" ::"m"(line[FAR]));
+  asm volatile("prefetcht0 %0" ::"m"(line[NEAR]));
 }
+
+AR_INLINE void fetch_floats(const void* at) { fetch_line<kFarOfFloats, kNearOfFloats>(at); }
 
 template <int BITS, int STEPS, int STEP>
 AR_INLINE void fetch(const uint8_t* codes) {
   constexpr int line = line_at(BITS, STEPS, STEP);
-  if constexpr (line >= 0) fetch_line(codes + 64 * line);
+  if constexpr (line >= 0) fetch_line<kFar, kNear>(codes + 64 * line);
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ AR_INLINE void Dots<V>::add(const FloatJob& job, int64_t feature, int count, flo
     };
     for (int64_t k = 0; k < whole; k += step) {
       for (int64_t byte = 0; byte < step * width; byte += 64)
-        fetch_line(w + k * width + byte);
+        fetch_floats(w + k * width + byte);
       for (int set = 0; set < kSets; ++set)
         add(set, V::read(w, TYPE, k + set * V::N), k + set * V::N);
     }
