@@ -39,7 +39,7 @@ import ar_kernels
 from ar_kernels.backends import Need, PackedWeight
 from ar_kernels.backends.base import BindingBackend
 from ar_kernels.native import library
-from ar_kernels.native.arena import large_pages
+from ar_kernels.native.arena import Region, large_pages, room_of
 from ar_kernels.native.product import read_bandwidth
 from ar_schemes import Granularity, Span, TensorSpec
 
@@ -238,9 +238,10 @@ def candidates(weight: Tensor, specs: list[str]) -> list[Candidate]:
 
 
 def _copies(tensor: Tensor, size: int) -> list[Tensor]:
-    """Return copies of a weight in large pages of memory, as those of opened models lie."""
-    homes = (large_pages(tensor.numel() * tensor.itemsize) for _ in range(CACHES // size + 1))
-    return [home.view(tensor.dtype).view(tensor.shape).copy_(tensor) for home in homes]
+    """Return copies of a weight, one behind the other in large pages as in opened models."""
+    count, weight = CACHES // size + 1, tensor.view(-1).view(torch.uint8)
+    region = Region(count * room_of(weight))
+    return [region.take(weight).view(tensor.dtype).view(tensor.shape) for _ in range(count)]
 
 
 def _ours(weight: Tensor, name: str, dtype: torch.dtype) -> Candidate:

@@ -7,7 +7,8 @@
 namespace ar {
 namespace {
 
-constexpr int64_t kSeveral = 4;  // most weights of one call
+constexpr int64_t kSeveral = 4;       // most weights of one call
+constexpr int64_t kFirstBytes = 8192;  // of a range: fetches between products ask for later ones
 
 struct Weights {
   Format format;
@@ -84,6 +85,8 @@ inline void prepare_tiles(const Kernels& k, const Job& job, int64_t begin, int64
 }
 
 inline void multiply_strips(const Kernels& k, const Job& job, int64_t begin, int64_t end) {
+  const uint8_t* first = job.first + begin * job.format.record;
+  for (int64_t i = 0; i < kFirstBytes; i += 64) __builtin_prefetch(first + i, 0, 2);
   if (job.digits) k.digits->multiply(job, begin, end);
   else k.multiply(job, begin, end);
 }
