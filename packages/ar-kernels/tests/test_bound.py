@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ar_kernels import KernelError, QuantLinear, data_type
+from ar_kernels import KernelError, QuantLinear, data_type, ops
+from ar_kernels import backend as get_backend
+from ar_kernels.backends import Need
+from ar_kernels.backends.reference import encode_meta
 from ar_kernels.native import library
 from ar_kernels.native.bound import Bound
-from ar_schemes import Granularity, Span, TensorSpec
+from ar_kernels.numerics.activation import fake_quant_activation
+from ar_schemes import Granularity, Span, TensorSpec, scheme
 
 pytestmark = pytest.mark.skipif(
     library.missing() is not None, reason="the native library is not built"
@@ -127,3 +131,47 @@ def test_copies_have_their_own() -> None:
         assert quick is not None
         assert torch.equal(quick, expected)
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("preset", ["MXFP4", "MXFP8", "NVFP4", "INT8", "FP8_BLOCK"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_are_quantized_as_by_the_op(preset: str, dtype: torch.dtype) -> None:
+    asked = scheme(preset)
+    assert asked.activation is not None
+    assert asked.weight is not None
+    numbers = data_type(asked.weight.data_type)
+    weight = torch.randn(128, 256)
+    held = numbers.quantize(weight, asked.weight, numbers.parameters(weight, asked.weight))
+    packed = get_backend("cpu_native").pack(held, Need(asked.weight, 128, 256, "cpu", dtype))
+    bound = Bound("blob", packed.buffers["blob"], packed.meta, dtype)
+    spec = list(encode_meta(asked.activation, ()))
+    for rows in (1, 5):
+        x = torch.randn(rows, 256).to(dtype)
+        before = x.clone()
+        found = ops.quantized_input(x, spec, None, None)
+        assert torch.equal(found, ops.quantize_input(x, spec, None, None))
+        exact = fake_quant_activation(x, asked.activation).to(dtype)
+        assert torch.equal(found, exact)
+        assert found.data_ptr() != x.data_ptr()
+        assert torch.equal(x, before)
+        quick = bound(found, packed.buffers)
+        assert quick is not None
+        assert torch.equal(quick, get_backend("cpu_native").linear(found, packed, None))
+
+
+def test_a_layer_with_quantized_inputs_uses_it_too() -> None:
+    asked = scheme("MXFP4")
+    assert asked.weight is not None
+    numbers = data_type("mx_fp")
+    weight = torch.randn(128, 256)
+    held = numbers.quantize(weight, asked.weight, numbers.parameters(weight, asked.weight))
+    layer = QuantLinear.from_weight(
+        held, layout="ct_mxfp4", dtype=torch.bfloat16, activation=asked.activation
+    )
+    layer.prepare("cpu_native")
+    assert isinstance(layer._bound, Bound)
+    x = torch.randn(2, 256).bfloat16()
+    plain = QuantLinear.from_weight(held, layout="ct_mxfp4", dtype=torch.bfloat16)
+    quantized = ops.quantize_input(x, list(encode_meta(asked.activation, ())), None, None)
+    assert torch.equal(layer(x), plain(quantized))
+    assert not torch.equal(layer(x), plain(x))

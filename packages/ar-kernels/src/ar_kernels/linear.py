@@ -95,6 +95,7 @@ class QuantLinear(StoredLayer):
         self._meta = []
         self._quantizes: list[int] | None = None
         self._bound: BoundProduct | None = None
+        self._alone = False
         self._foretold = {**optional_of(found), **found.facts(spec, rows, columns)}
         self._facts = found.facts(spec, rows, columns)
         self._facts |= {k: v for k, v in (stored or {}).items() if k in self._foretold}
@@ -265,23 +266,25 @@ class QuantLinear(StoredLayer):
         Computed in the layer's `dtype`, x quantized first where the scheme says so. The first
         call prepares the layer if nobody has.
         """
-        bound = self._bound
-        if bound is not None and not torch.compiler.is_compiling():
+        bound = None if torch.compiler.is_compiling() else self._bound
+        if bound is not None and self._alone:
             quick = bound(x, self._buffers)
             if quick is not None:
                 return quick
         if self.backend is None:
             self.prepare(self._prefer)
         assert self.backend is not None
-        ready = [self._buffer(name) for name in self._ready]
         given = x if x.dtype == self.dtype else x.to(self.dtype)
         if self._quantizes is not None:
             static, zero = (self._buffers.get(ready_name(key)) for key in (_STATIC, _ZERO))
-            given = ops.quantize_input(given, self._quantizes, static, zero)
+            given = ops.quantized_input(given, self._quantizes, static, zero)
         order = self._buffers.get(READY_ORDER)
         if order is not None:
             given = given.index_select(-1, order)
-        out = ops.multiply(given, ready, self._meta, self.bias, self.backend, self.rows)
+        out = None if bound is None else bound(given, self._buffers)
+        if out is None:
+            ready = [self._buffer(name) for name in self._ready]
+            out = ops.multiply(given, ready, self._meta, self.bias, self.backend, self.rows)
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def packed_blob(self) -> Tensor | None:
@@ -319,15 +322,13 @@ class QuantLinear(StoredLayer):
         return "" if self.activation is None else f", activations={self.activation}"
 
     def _bind(self) -> None:
-        """Prepare the product for calls that ask for nothing else."""
-        ready = self.ready()
-        self._bound = None
-        if ready is not None:
-            buffers, meta, name = ready
-            backend = registry.backend(name)
-            if isinstance(backend, BindingBackend):
-                held = dict(zip(self._ready, buffers, strict=True))
-                self._bound = backend.bind(held, tuple(meta), self.dtype)
+        """Prepare the product where there is no bias, and tell whether it is all."""
+        assert self.backend is not None
+        backend = registry.backend(self.backend)
+        self._alone, self._bound = self.ready() is not None, None
+        if self.bias is None and isinstance(backend, BindingBackend):
+            held = {name: self._buffer(name) for name in self._ready}
+            self._bound = backend.bind(held, tuple(self._meta), self.dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of another layer, with a product of its own."""

@@ -155,10 +155,27 @@ def quantize_input(
         static: float32 [1]: the step or tensor scale of static activations, None: dynamic.
         zero: float32 [1]: the zero point that goes with `static`, None where there is none.
     """
-    from ar_kernels.numerics.activation import fake_quant_activation
+    return _quantized(x, spec, static, zero)
 
-    fake = fake_quant_activation(x, decode_meta(tuple(spec))[0], static=static, zero=zero)
-    return fake.to(x.dtype) if fake.dtype != x.dtype else fake.clone()
+
+def _quantized(x: Tensor, spec: list[int], static: Tensor | None, zero: Tensor | None) -> Tensor:
+    from ar_kernels.numerics.halves import fake_quant_alike
+
+    fake = fake_quant_alike(x, decode_meta(tuple(spec))[0], static=static, zero=zero)
+    return fake.clone() if fake.data_ptr() == x.data_ptr() else fake
+
+
+def quantized_input(
+    x: Tensor, spec: list[int], static: Tensor | None, zero: Tensor | None
+) -> Tensor:
+    """Return what `quantize_input` returns, without an op where nobody looks at ops.
+
+    Of one row an op costs as much as what it does.
+    """
+    if is_eager(x) and not (torch.is_grad_enabled() and x.requires_grad):
+        return _quantized(x, spec, static, zero)
+    out: Tensor = quantize_input(x, spec, static, zero)
+    return out
 
 
 @quantize_input.register_fake

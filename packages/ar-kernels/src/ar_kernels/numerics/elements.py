@@ -7,6 +7,7 @@ Names give sign, exponent and mantissa bits: E2M1 (OCP Microscaling 1.0, section
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,7 +59,7 @@ class FloatElement:
     @property
     def top_exponent(self) -> int:
         """The exponent of two of the largest magnitude."""
-        return int(torch.tensor(self.maximum).frexp().exponent) - 1
+        return math.frexp(self.maximum)[1] - 1
 
     def round(self, x: Tensor) -> Tensor:
         """Return the nearest values (ties to even codes), saturating; float32."""
@@ -122,7 +123,7 @@ class StepElement:
     @property
     def top_exponent(self) -> int:
         """The exponent of two of the largest magnitude."""
-        return int(torch.tensor(self.maximum).frexp().exponent) - 1
+        return math.frexp(self.maximum)[1] - 1
 
     def round(self, x: Tensor) -> Tensor:
         """Return the nearest values, saturating; float32."""

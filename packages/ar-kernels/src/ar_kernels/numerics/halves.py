@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ar_kernels.native import tuning
 from ar_kernels.numerics.activation import fake_quant_activation
@@ -41,8 +42,11 @@ def fake_quant_alike(
     kind = data_type(spec.data_type)
     rule = _rule(kind, spec, x, static)
     if rule is not None:
-        quantized: Tensor = _Native.apply(x, rule)
-        return quantized
+        watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        if watched or (torch.is_grad_enabled() and x.requires_grad):
+            quantized: Tensor = _Native.apply(x, rule)
+            return quantized
+        return tuning.fake_quant(x, *rule.arguments(), False)[0]
     if (
         x.dtype is torch.bfloat16
         and static is None
@@ -64,6 +68,12 @@ class _Rule:
     rule: int
     element: FloatElement
     whole: float = 1.0
+
+    def arguments(self) -> tuple[int, int, int, float, list[float]]:
+        """Return what `tuning.fake_quant` takes behind x."""
+        element = self.element
+        constants = list(tuning.constants(element))
+        return self.size, self.rule, element.top_exponent, self.whole, constants
 
 
 def _rule(kind: DataType, spec: TensorSpec, x: Tensor, static: Tensor | None) -> _Rule | None:
@@ -90,10 +100,8 @@ def _rule(kind: DataType, spec: TensorSpec, x: Tensor, static: Tensor | None) ->
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rule: _Rule) -> Tensor:
-        constants = list(tuning.constants(rule.element))
         made, inside = torch.ops.ar_kernels.tune_fake_quant(
-            *(x, rule.size, rule.rule, rule.element.top_exponent, rule.whole, constants),
-            ctx.needs_input_grad[0],
+            x, *rule.arguments(), ctx.needs_input_grad[0]
         )
         ctx.save_for_backward(inside)
         out: Tensor = made
