@@ -120,6 +120,23 @@ def test_another_weight_is_another_product() -> None:
     assert layer._bound is None
 
 
+def test_a_bias_that_comes_later_counts() -> None:
+    layer = layer_of()
+    x = torch.randn(2, 64).bfloat16()
+    without = layer(x)
+    layer.bias = torch.nn.Parameter(torch.ones(96, dtype=torch.bfloat16), requires_grad=False)
+    assert torch.allclose(layer(x), without + 1, atol=0.1)
+    assert not torch.allclose(layer(x), without, atol=0.1)
+
+
+def test_a_copy_arrives_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pickle.dumps(layer_of())
+    monkeypatch.setattr(library, "missing", lambda: "a compiler")
+    made = pickle.loads(packed)  # noqa: S301 - our own
+    assert made._bound is None
+    assert made.backend == "cpu_native"
+
+
 def test_copies_have_their_own() -> None:
     layer = layer_of()
     x = torch.randn(1, 64).bfloat16()

@@ -266,7 +266,9 @@ class QuantLinear(StoredLayer):
         Computed in the layer's `dtype`, x quantized first where the scheme says so. The first
         call prepares the layer if nobody has.
         """
-        bound = None if torch.compiler.is_compiling() else self._bound
+        bound = self._bound
+        if torch.compiler.is_compiling() or self.bias is not None:
+            bound = None
         if bound is not None and self._alone:
             quick = bound(x, self._buffers)
             if quick is not None:
@@ -324,7 +326,7 @@ class QuantLinear(StoredLayer):
     def _bind(self) -> None:
         """Prepare the product where there is no bias, and tell whether it is all."""
         assert self.backend is not None
-        backend = registry.backend(self.backend)
+        backend = registry.backends().get(self.backend)  # none where a copy came without it
         self._alone, self._bound = self.ready() is not None, None
         if self.bias is None and isinstance(backend, BindingBackend):
             held = {name: self._buffer(name) for name in self._ready}

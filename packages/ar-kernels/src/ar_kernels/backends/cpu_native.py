@@ -75,5 +75,7 @@ class CpuNative:
         self, buffers: Mapping[str, Tensor], meta: tuple[int, ...], dtype: torch.dtype
     ) -> BoundProduct | None:
         """Return the product with a packed weight, for calls of few rows."""
+        if dtype not in library.DTYPES or self.missing() is not None:
+            return None
         name, blob = next(iter(buffers.items()))
-        return Bound(name, blob, meta, dtype) if dtype in library.DTYPES else None
+        return Bound(name, blob, meta, dtype)

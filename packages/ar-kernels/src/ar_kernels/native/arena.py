@@ -51,7 +51,14 @@ class Region:
 
     def take(self, weight: Tensor) -> Tensor:
         """Return a copy of a uint8 tensor [n] behind those taken before."""
-        place = self._home[self._at : self._at + weight.numel()]
+        count = weight.numel()
+        if not count:
+            return weight.clone()
+        bytes_ = (ctypes.c_uint8 * count).from_address(self._home.data_ptr() + self._at)
+        bytes_.home = self._home  # type: ignore[attr-defined] # alive as long as its part is
+        with torch.inference_mode(mode=False):
+            # a storage of its own: a copy of the tensor copies no more than it
+            place = torch.frombuffer(bytes_, dtype=torch.uint8)
         place.copy_(weight)
         self._at += room_of(weight)
         return place
