@@ -44,10 +44,31 @@ void prepare(const ar_runtime* rt, const Kernels& k, const Inputs& inputs, uint8
            [&](int64_t b, int64_t e) { prepare_tiles(k, *job, b, e); });
 }
 
+// A tile of rows, which every thread prepares for itself: the others wake meanwhile.
+int32_t multiply_tile(const ar_runtime* rt, const Kernels& k, const Job& job) {
+  const Inputs inputs = inputs_of(k, job);
+  int32_t status = kOk;
+  parallel(rt, job.format.strips, ceil_div(kWorthAThread, strip_work(job)),
+           [&](int64_t b, int64_t e) {
+             Scratch scratch;
+             uint8_t* memory = static_cast<uint8_t*>(scratch.get(inputs.all()));
+             if (memory == nullptr) {
+               __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
+               return;
+             }
+             Job mine = job;
+             place(inputs, memory, &mine);
+             prepare_tiles(k, mine, 0, 1);
+             multiply_strips(k, mine, b, e);
+           });
+  return status;
+}
+
 int32_t multiply(const ar_runtime* rt, const Kernels& k, const Format& f, const uint8_t* blob,
                  const uint8_t* first, const ar_product* p) {
   if (p->rows == 0) return kOk;
   Job job = job_of(k, f, blob, first, p);
+  if (input_tiles(job) == 1) return multiply_tile(rt, k, job);
   const Inputs inputs = inputs_of(k, job);
   Scratch scratch;
   uint8_t* memory = static_cast<uint8_t*>(scratch.get(inputs.all()));
