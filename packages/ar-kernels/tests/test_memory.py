@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from ar_kernels.hf.memory import Returning, _pages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 safetensors = pytest.importorskip("safetensors")
 storing = pytest.importorskip("safetensors.torch")
@@ -21,31 +26,35 @@ def resident(what: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
 
 
+@contextlib.contextmanager
+def mapped(path: Path) -> Iterator[torch.Tensor]:
+    """Write a file of 32 MB and give the tensor that is mapped from it."""
+    storing.save_file({"a": torch.arange(2**23, dtype=torch.int32)}, path)
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        yield file.get_slice("a")[...]
+
+
 @linux
 def test_pages_of_a_mapped_file_go_and_come_back(tmp_path) -> None:
-    path, size = tmp_path / "a.safetensors", 2**25
-    storing.save_file({"a": torch.arange(size // 4, dtype=torch.int32)}, path)
-    with safetensors.safe_open(str(path), framework="pt") as file:
-        tensor = file.get_slice("a")[...]
+    path = tmp_path / "a.safetensors"
+    with mapped(path) as tensor:
         total = int(tensor.sum(dtype=torch.int64))  # touches every page
         before = resident("RssFile")
         Returning([path]).done_with([tensor])
-        assert before - resident("RssFile") > size * 0.9
+        assert before - resident("RssFile") > tensor.nbytes * 0.9
         assert int(tensor.sum(dtype=torch.int64)) == total
 
 
 @linux
 def test_a_tensor_that_stays_gives_back_only_what_nobody_wrote(tmp_path) -> None:
-    path, size = tmp_path / "a.safetensors", 2**25
-    storing.save_file({"a": torch.arange(size // 4, dtype=torch.int32)}, path)
-    with safetensors.safe_open(str(path), framework="pt") as file:
-        tensor = file.get_slice("a")[...]
+    path = tmp_path / "a.safetensors"
+    with mapped(path) as tensor:
         total = int(tensor.sum(dtype=torch.int64))
         give_back = Returning([path]).seldom_read(tensor)
         before = resident("RssFile")
-        for part in tensor.split(size // 16):
+        for part in tensor.split(2**21):
             give_back(part)
-        assert before - resident("RssFile") > size * 0.9
+        assert before - resident("RssFile") > tensor.nbytes * 0.9
         assert int(tensor.sum(dtype=torch.int64)) == total
         tensor[5] += 1
         Returning([path]).seldom_read(tensor)(tensor)

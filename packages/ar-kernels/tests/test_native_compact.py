@@ -10,19 +10,15 @@ from ar_kernels.native import library, steps
 from ar_kernels.native.compact import Compact, compact, linear
 from ar_kernels.weight import KernelError
 
-pytestmark = pytest.mark.skipif(
-    isinstance(library.load(), str), reason="the native library is not built"
-)
+pytestmark = [
+    pytest.mark.skipif(isinstance(library.load(), str), reason="the native library is not built"),
+    pytest.mark.usefixtures("isa"),
+]
 
 
-@pytest.fixture(params=library.ISAS, autouse=True)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run each test on each instruction set of this processor, with weights of any size."""
-    if request.param not in library.supported():
-        pytest.skip(f"the processor lacks {request.param}")
-    monkeypatch.setenv(library.ISA_ENV, request.param)
+@pytest.fixture(autouse=True)
+def _weights_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WORTH", 1e9)
-    return request.param
 
 
 def made_of(weight: torch.Tensor) -> Compact:

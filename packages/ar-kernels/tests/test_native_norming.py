@@ -7,18 +7,10 @@ import torch
 
 from ar_kernels.native import library, norming, steps
 
-pytestmark = pytest.mark.skipif(
-    isinstance(library.load(), str), reason="the native library is not built"
-)
-
-
-@pytest.fixture(params=library.ISAS, autouse=True)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run each test on each instruction set of this processor."""
-    if request.param not in library.supported():
-        pytest.skip(f"the processor lacks {request.param}")
-    monkeypatch.setenv(library.ISA_ENV, request.param)
-    return request.param
+pytestmark = [
+    pytest.mark.skipif(isinstance(library.load(), str), reason="the native library is not built"),
+    pytest.mark.usefixtures("isa"),
+]
 
 
 def formula(x: torch.Tensor, weight: torch.Tensor, form: int) -> torch.Tensor:

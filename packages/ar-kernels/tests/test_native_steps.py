@@ -13,22 +13,14 @@ from ar_kernels.native import library, steps
 from ar_kernels.native.modules import NativeLinear, NativeNorm, norm_formula
 from ar_kernels.weight import KernelError
 
-pytestmark = pytest.mark.skipif(
-    isinstance(library.load(), str), reason="the native library is not built"
-)
+pytestmark = [
+    pytest.mark.skipif(isinstance(library.load(), str), reason="the native library is not built"),
+    pytest.mark.usefixtures("isa"),
+]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # sums of hundreds of products in float32; else one rounding of the output
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 FORMS = (steps.ROUNDS_FIRST, steps.ADDS_ONE, steps.PLAIN)
-
-
-@pytest.fixture(params=library.ISAS, autouse=True)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run each test on each instruction set of this processor."""
-    if request.param not in library.supported():
-        pytest.skip(f"the processor lacks {request.param}")
-    monkeypatch.setenv(library.ISA_ENV, request.param)
-    return request.param
 
 
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:

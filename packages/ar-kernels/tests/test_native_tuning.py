@@ -18,23 +18,15 @@ from ar_schemes import scheme
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(
-    isinstance(library.load(), str), reason="the native library is not built"
-)
+pytestmark = [
+    pytest.mark.skipif(isinstance(library.load(), str), reason="the native library is not built"),
+    pytest.mark.usefixtures("isa"),
+]
 SPECS = {name: scheme(name).activation for name in ("MXFP4", "MXFP8", "NVFP4")}
 SPECS["MXFP6"] = SPECS["MXFP4"].with_(bits=6)
 for _bits in (4, 8):
     SPECS[f"MXFP{_bits} rceil"] = SPECS[f"MXFP{_bits}"].with_(data_type="mx_fp_rceil")
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(params=library.ISAS, autouse=True)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run each test on each instruction set of this processor."""
-    if request.param not in library.supported():
-        pytest.skip(f"the processor lacks {request.param}")
-    monkeypatch.setenv(library.ISA_ENV, request.param)
-    return request.param
 
 
 def every_half() -> torch.Tensor:

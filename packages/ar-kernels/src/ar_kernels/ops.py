@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ar_kernels.backends.base import PackedWeight
 from ar_kernels.backends.reference import decode_meta
+from ar_kernels.eager import is_eager
 from ar_kernels.registry import backend as find_backend
 
 
@@ -81,13 +81,6 @@ def multiply(
         return _run(x, buffers, meta, bias, backend)
     out: Tensor = torch.ops.ar_kernels.quant_linear_plain(x, buffers, meta, bias, backend, rows)
     return out
-
-
-def is_eager(x: Tensor) -> bool:
-    """Tell whether x is computed with here and now: on the CPU, and by nobody who records ops."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return False
-    return x.is_cpu and not is_in_torch_dispatch_mode()
 
 
 def _plain(

@@ -2,7 +2,8 @@
 
 Of a small model the head is the largest part that a new token reads. Its own weight stays, since it
 is the embedding too where the two are tied, and is what many rows are multiplied by and what is
-saved; its pages of the checkpoint's file are given back, so memory does not grow.
+saved; its pages of the checkpoint's file are given back, so memory does not grow where it is mapped
+from there.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ar_kernels.eager import is_eager
 from ar_kernels.native import library as lib
 from ar_kernels.native.packing import COLUMNS, ROWS
 from ar_kernels.native.product import expands_from, isa_for
@@ -46,12 +46,10 @@ class Bound:
     def __call__(self, x: Tensor, buffers: Mapping[str, Tensor | None]) -> Tensor | None:
         """Return x [..., I] times the weight transposed: [..., O]; None: not for us."""
         if (
-            type(x) is not Tensor
+            not is_eager(x)
             or x.dtype is not self._dtype
-            or not x.is_cpu
             or buffers.get(self._name) is not self._blob
             or (x.requires_grad and torch.is_grad_enabled())
-            or is_in_torch_dispatch_mode()
         ):
             return None
         *outer, columns = x.shape

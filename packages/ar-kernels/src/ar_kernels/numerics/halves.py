@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ar_kernels.eager import is_eager
 from ar_kernels.native import tuning
 from ar_kernels.numerics.activation import fake_quant_activation
 from ar_kernels.numerics.elements import E4M3, FloatElement
@@ -42,8 +42,7 @@ def fake_quant_alike(
     kind = data_type(spec.data_type)
     rule = _rule(kind, spec, x, static)
     if rule is not None:
-        watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-        if watched or (torch.is_grad_enabled() and x.requires_grad):
+        if not is_eager(x) or (torch.is_grad_enabled() and x.requires_grad):
             quantized: Tensor = _Native.apply(x, rule)
             return quantized
         return tuning.fake_quant(x, *rule.arguments(), False)[0]
