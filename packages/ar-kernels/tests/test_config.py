@@ -99,3 +99,11 @@ def test_gptq_rules_change_and_skip() -> None:
 def test_what_is_not_understood_is_refused(changes, message) -> None:
     with pytest.raises(KernelError, match=message):
         parse({**BASE, **changes})
+
+
+@pytest.mark.parametrize("target", ["re:(", "re:?", "re:)"])
+def test_a_target_that_is_no_pattern_is_refused(target: str) -> None:
+    from ar_kernels.hf.compressed import _matches
+
+    with pytest.raises(KernelError, match="neither a layer name nor a regular expression"):
+        _matches(target, "model.layers.0.mlp.up_proj", "Linear")

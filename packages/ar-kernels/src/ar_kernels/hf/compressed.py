@@ -6,11 +6,10 @@ arguments for weights and activations.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ar_kernels.hf.config import LayerFormat
+from ar_kernels.hf.config import LayerFormat, pattern
 from ar_kernels.weight import KernelError
 from ar_schemes import Granularity, Scheme, Span, TensorSpec, describe, unknown_name
 
@@ -218,7 +217,7 @@ def _matches(target: str, name: str, kind: str) -> int:
     if target == name or name.endswith(f".{target}"):
         return 3
     if target.startswith("re:"):
-        return 2 if re.match(target.removeprefix("re:"), name) else 0
+        return 2 if pattern(target.removeprefix("re:"), target).match(name) else 0
     return 1 if target == kind else 0
 
 

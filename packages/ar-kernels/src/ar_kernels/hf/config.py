@@ -216,7 +216,7 @@ def parse(config: Mapping[str, Any], *, reading: bool = False) -> CheckpointConf
     rules = [_gptq_rule(key, value) for key, value in (config.get("dynamic") or {}).items()]
     for key, value in (config.get("extra_config") or {}).items():
         exact[key] = value
-        rules.append(Rule(_pattern(key, "extra_config"), value))
+        rules.append(Rule(pattern(key, "extra_config"), value))
     flat = _fields(config)
     if method == "awq":
         flat = {"bits": 4, "sym": not config.get("zero_point", True), **flat}
@@ -297,11 +297,12 @@ def _names(value: object) -> tuple[str, ...]:
 def _gptq_rule(key: str, value: Mapping[str, Any]) -> Rule:
     """Return the rule of a GPTQModel `dynamic` entry: `+:regex` changes, `-:regex` skips."""
     skip = key.startswith("-:")
-    pattern = key[2:] if key[:2] in ("-:", "+:") else key
-    return Rule(_pattern(pattern, "dynamic"), None if skip else value, from_start=True)
+    named = key[2:] if key[:2] in ("-:", "+:") else key
+    return Rule(pattern(named, "dynamic"), None if skip else value, from_start=True)
 
 
-def _pattern(text: str, where: str) -> re.Pattern[str]:
+def pattern(text: str, where: str) -> re.Pattern[str]:
+    """Return a regular expression of a config, or raise KernelError: it is none."""
     try:
         return re.compile(text)
     except re.error as error:
