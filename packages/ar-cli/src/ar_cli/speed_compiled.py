@@ -60,6 +60,8 @@ def measure_compiled(model: nn.Module, load: Load, *, backend: str = "inductor")
     import torch
     from torch._dynamo.exc import TorchDynamoException, Unsupported
 
+    from ar_tuner.compiling import cause
+
     whole = True
     try:
         try:
@@ -69,9 +71,8 @@ def measure_compiled(model: nn.Module, load: Load, *, backend: str = "inductor")
             torch.compiler.reset()
             return _measured(model, load, backend, whole=False)
     except (TorchDynamoException, NotImplementedError) as error:
-        said = str(error).strip().partition("\n")[0]
         breaks = "" if whole else ", not even with breaks"
-        msg = f"--compile: {type(model).__name__} cannot be compiled{breaks}: {said}"
+        msg = f"--compile: {type(model).__name__} cannot be compiled{breaks}: {cause(error)}"
         raise ArError(msg) from error
 
 

@@ -79,8 +79,8 @@ class Compiled:
             self._failed.add(type(block))
             self._block = None
             output = plain(block, weights, args, kwargs)  # an error of the block itself comes again
-            reason = str(error).strip().partition("\n")[0]
-            self._tell(f"{type(block).__name__} cannot be compiled and is tuned as it is: {reason}")
+            name = type(block).__name__
+            self._tell(f"{name} cannot be compiled and is tuned as it is: {cause(error)}")
             return output
 
     def _fresh(self) -> Callable[..., object]:
@@ -107,5 +107,15 @@ def refusal(device: torch.device, *, backend: str = "inductor") -> str | None:
         probe = torch.compile(lambda x: (x * 2).sum(), backend=backend, fullgraph=True)
         probe(torch.ones(4, device=device))
     except RuntimeError as error:
-        return str(error).strip().partition("\n")[0]
+        return cause(error)
     return None
+
+
+def cause(error: Exception) -> str:
+    """Return what an error of torch.compile comes from, in one line.
+
+    torch wraps a backend's error and begins with a line that only names the backend.
+    """
+    inner = getattr(error, "inner_exception", error)
+    first = str(inner).strip().partition("\n")[0]
+    return first if inner is error else f"{type(inner).__name__}: {first}"
