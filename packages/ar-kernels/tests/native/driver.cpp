@@ -83,6 +83,16 @@ struct Case {
   int64_t experts;
 };
 
+// Where a group's float32 scale and its zero point for one of 64 features lie in a record.
+int64_t scale_at(const int64_t* sizes, int64_t group, int64_t feature) {
+  return 256 + group / sizes[5] * sizes[3] + group % sizes[5] * 256 + 4 * feature;
+}
+
+int64_t zero_at(const int64_t* sizes, int64_t group, int64_t feature) {
+  const int64_t scales = sizes[5] * 256;
+  return 256 + group / sizes[5] * sizes[3] + scales + group % sizes[5] * 64 + feature;
+}
+
 void run(const Case& c) {
   const ar_runtime runtime{nullptr, c.isa};
   const Shape& s = c.shape;
@@ -107,11 +117,12 @@ void run(const Case& c) {
       const float factor = 0.5f + n / 64.0f;
       memcpy(at + 4 * n, &factor, 4);
     }
-    for (int64_t j = 0; j < groups * 64; ++j) {
-      const float v = value();
-      memcpy(at + sizes[3] + 4 * j, &v, 4);
-      if (c.zero) at[sizes[4] + j] = uint8_t(next() % 8);
-    }
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t n = 0; n < 64; ++n) {
+        const float v = value();
+        memcpy(at + scale_at(sizes, g, n), &v, 4);
+        if (c.zero) at[zero_at(sizes, g, n)] = uint8_t(next() % 8);
+      }
   }
   auto codes = exactly<uint8_t>(s.rows * s.columns * c.experts);
   for (auto& code : codes) code = uint8_t(next() & ((1u << c.bits) - 1));
@@ -133,9 +144,8 @@ void run(const Case& c) {
         float factor, group_scale = 1;
         memcpy(&factor, at + 4 * (n % 64), 4);
         if (s.group) {
-          const int64_t j = k / s.group * 64 + n % 64;
-          memcpy(&group_scale, at + sizes[3] + 4 * j, 4);
-          if (c.zero) v -= at[sizes[4] + j] + 1.0;
+          memcpy(&group_scale, at + scale_at(sizes, k / s.group, n % 64), 4);
+          if (c.zero) v -= at[zero_at(sizes, k / s.group, n % 64)] + 1.0;
         }
         dense[(e * s.rows + n) * s.columns + k] = v * factor * group_scale;
       }

@@ -17,7 +17,7 @@ from ar_kernels.weight import KernelError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ABI = 5
+ABI = 6
 PATH_ENV = "AR_NATIVE_LIBRARY"
 ISA_ENV = "AR_NATIVE_ISA"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -183,14 +183,23 @@ PRODUCTS, NORM, ATTEND, GATE, ADD, TURN, COPY = range(7)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a packed weight: all, header, one record, and where a record's parts begin."""
+    """How a packed weight lies in memory (format.h has it).
+
+    Attributes:
+        all: bytes.
+        header: bytes before the first record.
+        record: bytes of 64 features: their factors, then chunks of groups.
+        chunk: bytes of a whole chunk; the last one of a record may be shorter.
+        lead: bytes of scales and zero points in front of a chunk's codes.
+        groups: of a chunk.
+    """
 
     all: int
     header: int
     record: int
-    scales: int
-    zeros: int
-    codes: int
+    chunk: int
+    lead: int
+    groups: int
 
 
 def path() -> Path:

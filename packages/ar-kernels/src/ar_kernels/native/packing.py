@@ -55,16 +55,15 @@ def pack(weight: QuantizedWeight) -> tuple[Tensor, tuple[int, ...]]:
     records = blob[sizes.header :].view(-1, sizes.record)
     factors = torch.ones(rows, 1)
     if numbers[GROUP]:
-        part = records[:, sizes.scales : sizes.zeros]
-        _write(part, _expanded(weight.scale, weight, numbers))
+        scales, zeros = _leads(blob, numbers)
+        _write(scales, _expanded(weight.scale, weight, numbers))
         if weight.zero_point is not None:
-            zero = _expanded(weight.zero_point, weight, numbers) + kept.offset
-            _write(records[:, sizes.zeros : sizes.codes], zero)
+            _write(zeros, _expanded(weight.zero_point, weight, numbers) + kept.offset)
     else:
         factors = weight.scale.float().expand(rows, 1)
     for name in kept.extra:
         factors = factors / weight.extra[name].reshape(1, 1)
-    _write(records[:, : STRIP * 4], factors.contiguous())
+    _write(records[:, None, : STRIP * 4], factors.contiguous())
     codes = (weight.codes + kept.offset if kept.offset else weight.codes).contiguous()
     lib.check(
         lib.library().ar_pack(
@@ -94,13 +93,13 @@ def unpack(
     zero = None
     if numbers[GROUP]:
         wide = max(1, wide // numbers[GROUP])
-        part = records[:, sizes.scales : sizes.zeros]
-        scale = _read(part, kept.scale_dtype, rows)[::high, ::wide]
+        groups = -(-columns // numbers[GROUP])
+        scales, zeros = _leads(blob, numbers)
+        scale = _read(scales, kept.scale_dtype, rows, groups)[::high, ::wide]
         if kept.has_zero:
-            part = records[:, sizes.zeros : sizes.codes]
-            zero = _read(part, torch.uint8, rows)[::high, ::wide] - kept.offset
+            zero = _read(zeros, torch.uint8, rows, groups)[::high, ::wide] - kept.offset
     else:
-        factors = _read(records[:, : STRIP * 4], torch.float32, rows)
+        factors = _read(records[:, None, : STRIP * 4], torch.float32, rows, 1)
         scale = factors[::high].to(kept.scale_dtype)
     return QuantizedWeight(
         spec=spec,
@@ -156,18 +155,35 @@ def bytes_of(values: Tensor) -> Tensor:
     return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
 
 
+def _leads(blob: Tensor, numbers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return views of a blob [strip, chunk, bytes]: scales and zero points of all chunks."""
+    sizes = lib.sizes(numbers)
+    strips = (blob.numel() - sizes.header) // sizes.record
+    chunks = -(-numbers[COLUMNS] // numbers[GROUP] // sizes.groups)
+    shape, first = (strips, chunks, sizes.lead), sizes.header + STRIP * 4
+    leads = blob.as_strided(shape, (sizes.record, sizes.chunk, 1), first)
+    zeros = sizes.groups * STRIP if numbers[_ZERO] else 0
+    return leads[..., : sizes.lead - zeros], leads[..., sizes.lead - zeros :]
+
+
 def _write(part: Tensor, values: Tensor) -> None:
-    """Write values [O, G] into a part of the records, ordered [strip][G][64], zeros beyond O."""
+    """Write values [O, G] into a part [strip, chunk, bytes], ordered by group, then by feature.
+
+    What a strip or a chunk has beyond O and G is set to zero.
+    """
     rows, groups = values.shape
-    whole = values.new_zeros(len(part) * STRIP, groups)
-    whole[:rows] = values
-    ordered = whole.view(-1, STRIP, groups).transpose(1, 2).contiguous()
-    part.copy_(ordered.view(torch.uint8).view(len(part), -1))
+    strips, chunks, size = part.shape
+    each = size // (STRIP * values.itemsize)
+    whole = values.new_zeros(strips * STRIP, chunks * each)
+    whole[:rows, :groups] = values
+    ordered = whole.view(strips, STRIP, chunks * each).transpose(1, 2).contiguous()
+    part.copy_(ordered.view(torch.uint8).view(strips, chunks, size))
 
 
-def _read(part: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
-    """Return what `_write` wrote, [rows, G]."""
+def _read(part: Tensor, dtype: torch.dtype, rows: int, groups: int) -> Tensor:
+    """Return what `_write` wrote: [rows, groups]."""
     kept = torch.uint8 if dtype.itemsize == 1 else dtype
-    ordered = part.contiguous().view(kept).view(len(part), -1, STRIP)
-    values = ordered.transpose(1, 2).reshape(len(part) * STRIP, -1)[:rows]
+    strips = len(part)
+    ordered = part.contiguous().view(kept).view(strips, -1, STRIP)
+    values = ordered.transpose(1, 2).reshape(strips * STRIP, -1)[:rows, :groups]
     return values.contiguous().view(dtype)

@@ -1,5 +1,6 @@
 #include "api.h"
 
+#include "crew.h"
 #include "pack.h"
 #include "products.h"
 
@@ -34,7 +35,7 @@ const Kernels* kernels(int64_t isa) { return isa == 0 ? &kPortable : nullptr; }
 
 namespace {
 
-constexpr int64_t kAbi = 5;
+constexpr int64_t kAbi = 6;
 
 void prepare(const ar_runtime* rt, const Kernels& k, const Inputs& inputs, uint8_t* memory,
              Job* job) {
@@ -48,6 +49,7 @@ void prepare(const ar_runtime* rt, const Kernels& k, const Inputs& inputs, uint8
 int32_t multiply_tile(const ar_runtime* rt, const Kernels& k, const Job& job) {
   const Inputs inputs = inputs_of(k, job);
   int32_t status = kOk;
+  Ranges ranges;
   parallel(rt, job.format.strips, ceil_div(kWorthAThread, strip_work(job)),
            [&](int64_t b, int64_t e) {
              Scratch scratch;
@@ -58,8 +60,9 @@ int32_t multiply_tile(const ar_runtime* rt, const Kernels& k, const Job& job) {
              }
              Job mine = job;
              place(inputs, memory, &mine);
+             fetch_first(job, b);
              prepare_tiles(k, mine, 0, 1);
-             multiply_strips(k, mine, b, e);
+             ranges.work(b, e, [&](int64_t strip) { multiply_strips(k, mine, strip, strip + 1); });
            });
   return status;
 }
@@ -75,7 +78,10 @@ int32_t multiply(const ar_runtime* rt, const Kernels& k, const Format& f, const 
   if (memory == nullptr) return kNoMemory;
   prepare(rt, k, inputs, memory, &job);
   parallel(rt, f.strips, ceil_div(kWorthAThread, strip_work(job)),
-           [&](int64_t b, int64_t e) { multiply_strips(k, job, b, e); });
+           [&](int64_t b, int64_t e) {
+             fetch_first(job, b);
+             multiply_strips(k, job, b, e);
+           });
   return kOk;
 }
 
@@ -99,9 +105,9 @@ int32_t ar_sizes(const int64_t* meta, int64_t* sizes) {
   sizes[0] = f.bytes;
   sizes[1] = kHeader;
   sizes[2] = f.record;
-  sizes[3] = f.scales_at;
-  sizes[4] = f.zeros_at;
-  sizes[5] = f.codes_at;
+  sizes[3] = f.chunk;
+  sizes[4] = f.lead;
+  sizes[5] = f.chunk_groups;
   return kOk;
 }
 

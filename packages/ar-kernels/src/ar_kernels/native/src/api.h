@@ -115,8 +115,8 @@ AR_API int64_t ar_abi(void);
 // Tells whether this processor runs an instruction set.
 AR_API int32_t ar_runs(int64_t isa);
 AR_API const char* ar_isa_name(int64_t isa);
-// Bytes of a blob, of its records and of the parts of a record: sizes[0..4] = all, header, record,
-// place of the scales, of the zero points, of the codes (so six values).
+// Bytes of a blob, of its records and of their chunks (see format.h): sizes[0..5] = all, header, record,
+// chunk, what lies before a chunk's codes; and how many groups a chunk has.
 AR_API int32_t ar_sizes(const int64_t* meta, int64_t* sizes);
 AR_API int32_t ar_pack(const ar_runtime*, const int64_t* meta, const uint8_t* codes,
                        int64_t codes_bytes, uint8_t* blob, int64_t bytes);

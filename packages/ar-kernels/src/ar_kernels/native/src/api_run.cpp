@@ -137,7 +137,9 @@ void multiply_all(const Kernels& k, const Products& all, int64_t begin, int64_t 
   for (int64_t i = 0, first = 0; i < all.count; first = all.ends[i++]) {
     const int64_t from = begin > first ? begin : first;
     const int64_t to = end < all.ends[i] ? end : all.ends[i];
-    if (from < to) multiply_strips(k, all.jobs[i], from - first, to - first);
+    if (from >= to) continue;
+    fetch_first(all.jobs[i], from - first);
+    multiply_strips(k, all.jobs[i], from - first, to - first);
   }
 }
 

@@ -38,7 +38,7 @@ AR_INLINE uint32_t bits_of(float v) {
 
 // A run of inputs that share a scale, in units of 16.
 struct Segment {
-  int64_t unit, units, group;
+  int64_t unit, units, group, chunk;
   bool first;  // of its group: the one to which the sum of the group's inputs belongs
 };
 
@@ -47,7 +47,7 @@ struct Segment {
 template <class Fn>
 AR_INLINE void segments(const Format& f, Fn&& fn) {
   if (f.group == kUnit) {
-    for (int64_t u = 0; u < f.groups; ++u) fn(Segment{u, 1, u, true});
+    for (int64_t u = 0; u < f.groups; ++u) fn(Segment{u, 1, u, u / 2, true});
     return;
   }
   const int64_t size = f.group ? f.group / kDepth : f.blocks;
@@ -55,25 +55,44 @@ AR_INLINE void segments(const Format& f, Fn&& fn) {
   for (int64_t begin = 0, g = 0; begin < f.blocks; begin += size, ++g) {
     const int64_t end = begin + size < f.blocks ? begin + size : f.blocks;
     for (int64_t b = begin; b < end; b += step)
-      fn(Segment{2 * b, 2 * (b + step < end ? step : end - b), g, b == begin});
+      fn(Segment{2 * b, 2 * (b + step < end ? step : end - b), g, g, b == begin});
   }
 }
 
 struct Record {
-  const float* factors;   // of each feature
-  const uint8_t* scales;  // [groups][64]
-  const uint8_t* zeros;   // [groups][64], null where there are none
-  const uint8_t* codes;   // [blocks][4][64 * bits]
-  int scale, width;       // kind and bytes of a scale
+  const float* factors;    // of each feature
+  const uint8_t* chunks;   // see Format
+  int64_t chunk, lead, block;  // bytes
+  int scale, width, pairs; // kind and bytes of a scale; 1: a chunk has two groups
+  bool has_zeros;
   float zero_bias;
+
+  // The scales of a group, [64].
+  AR_INLINE const uint8_t* scales(int64_t group) const {
+    return chunks + (group >> pairs) * chunk + (group & pairs) * kStrip * width;
+  }
+  // Its zero points, [64]; null where there are none.
+  AR_INLINE const uint8_t* zeros(int64_t group) const {
+    if (!has_zeros) return nullptr;
+    return chunks + (group >> pairs) * chunk + kStrip * ((width << pairs) + (group & pairs));
+  }
+  // The first block of a segment, [registers][4][64]; the others follow.
+  AR_INLINE const uint8_t* codes(const Segment& s) const {
+    return chunks + (s.chunk + 1) * lead + s.unit / 2 * block;
+  }
 };
+
+// The block of a unit of a segment.
+AR_INLINE const uint8_t* block_of(const Record& rec, const Segment& s, int64_t unit) {
+  return rec.codes(s) + (unit / 2 - s.unit / 2) * rec.block;
+}
 
 AR_INLINE Record record(const Job& job, int64_t strip) {
   const Format& f = job.format;
   const uint8_t* at = job.first + strip * f.record;
-  return Record{reinterpret_cast<const float*>(at), at + f.scales_at,
-                f.zero ? at + f.zeros_at : nullptr, at + f.codes_at, f.scale,
-                scale_bytes(f.scale), zero_bias(f, job.blob)};
+  return Record{reinterpret_cast<const float*>(at), at + kFactors, f.chunk, f.lead, block_bytes(f),
+                f.scale, scale_bytes(f.scale), f.chunk_groups == 2, f.zero != 0,
+                zero_bias(f, job.blob)};
 }
 
 // sums[row][64] of a strip become y: pieces of a row are added, then times the factor of each

@@ -36,18 +36,18 @@ template <int BITS, int F>
 AR_INLINE __m512i lanes(const uint8_t* block) {
   constexpr Place at = place(BITS, F);
   if constexpr (!is_spread(BITS, F)) {
-    return _mm512_srli_epi16(load(block + 64 * at.reg), at.shift);
+    return _mm512_srli_epi16(load(block + kRegister * at.reg), at.shift);
   } else if constexpr (BITS == 6) {
     constexpr int i = F - whole_fields(6);
-    const __m512i low = _mm512_srli_epi16(load(block + 64 * i), 12);
-    const __m512i other = load(block + 64 * (4 + i / 2));
+    const __m512i low = _mm512_srli_epi16(load(block + kRegister * i), 12);
+    const __m512i other = load(block + kRegister * (4 + i / 2));
     const __m512i high = _mm512_srli_epi16(other, i & 1 ? 10 : 8);
     return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16(0x0f), 0xe4);  // c ? a : b
   } else {
     __m512i out = _mm512_srli_epi16(load(block), 15);
     unrolled<1, BITS>([&](auto j) {
       constexpr int bit = decltype(j)::value;
-      const __m512i one = _mm512_srli_epi16(load(block + 64 * bit), 15 - bit);
+      const __m512i one = _mm512_srli_epi16(load(block + kRegister * bit), 15 - bit);
       out = _mm512_ternarylogic_epi32(out, one, _mm512_set1_epi16(1 << bit), 0xf8);  // a | b & c
     });
     return out;
@@ -62,7 +62,7 @@ AR_INLINE __m512bh weights(const uint8_t* block, const Tables& t) {
   } else if constexpr (BITS == 6) {
     return __m512bh(_mm512_permutex2var_epi16(t.t[0], lanes<BITS, F>(block), t.t[1]));
   } else {
-    const __m512i codes = load(block + 64 * (F / 2));
+    const __m512i codes = load(block + kRegister * (F / 2));
     const __m512i low = _mm512_permutex2var_epi8(t.t[0], codes, t.t[1]);
     __m512i high = _mm512_permutex2var_epi8(t.t[2], codes, t.t[3]);
     high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(char(0x80)), 0xf8);
@@ -87,7 +87,7 @@ AR_INLINE __m512bh in_place(const uint8_t* block) {
   constexpr int shift = in_place_shift(BITS, F), bit = in_place_bit(BITS, F);
   __m512i v;
   if constexpr (is_spread(BITS, F)) v = lanes<BITS, F>(block);
-  else v = load(block + 64 * place(BITS, F).reg);
+  else v = load(block + kRegister * place(BITS, F).reg);
   if constexpr (shift > 0) v = _mm512_srli_epi16(v, shift);
   const __m512i mask = _mm512_set1_epi16(short(((1 << BITS) - 1) << bit));
   return __m512bh(_mm512_ternarylogic_epi32(v, mask, _mm512_set1_epi16(0x4300), 0xea));

@@ -120,7 +120,7 @@ void prepare_digits(const Job& job) {
 // The bytes of quad Q of a block of codes.
 template <class D, int BITS, int Q>
 AR_INLINE typename D::I bytes(const uint8_t* block) {
-  const auto reg = [&](int r) AR_FORCED { return D::load(block + 64 * r); };
+  const auto reg = [&](int r) AR_FORCED { return D::load(block + kRegister * r); };
   if constexpr (BITS == 4) {
     return D::keep(D::template right<4 * (Q % 2)>(reg(Q / 2)), 0x0f0f);
   } else if constexpr (BITS == 2) {
@@ -146,41 +146,26 @@ AR_INLINE void add_segment(const Job& job, const Record& rec, const Segment& s, 
   typename D::Sums acc[kVectors];
   for (auto& one : acc) one.clear();
   for (int64_t b = s.unit / 2; b < (s.unit + s.units) / 2; ++b) {
-    const uint8_t* codes = rec.codes + b * 4 * 64 * BITS;
+    const uint8_t* codes = block_of(rec, s, 2 * b);
     const uint8_t* digits = static_cast<const uint8_t*>(job.packed) + 2 * kDepth * b;
-    const auto add = [&](auto quad, auto vector, auto high, auto low) AR_FORCED {
-      constexpr int Q = decltype(quad)::value, v = decltype(vector)::value, c = C + v / kPer;
-      constexpr int step = D::kInOrder ? c * kQuads + Q : 4 * Q + c;
-      if constexpr (v % kPer == 0) fetch<BITS, 4 * kQuads, step>(codes);
-      const uint8_t* block = codes + c * 64 * BITS + v % kPer * V::N * 4;
-      acc[v].add(bytes<D, BITS, Q>(block), high, low);
-    };
-    if constexpr (D::kInOrder) {  // the hardware fetches lines that are read one after the other
-      typename D::I high[kQuads], low[kQuads];
-      for (int q = 0; q < kQuads; ++q) {
-        high[q] = D::quad(digits + 4 * q);
-        low[q] = D::quad(digits + kDepth + 4 * q);
-      }
+    unrolled<0, kQuads>([&](auto quad) AR_FORCED {
+      constexpr int Q = decltype(quad)::value;
+      const auto high = D::quad(digits + 4 * Q), low = D::quad(digits + kDepth + 4 * Q);
       unrolled<0, kVectors>([&](auto vector) AR_FORCED {
-        unrolled<0, kQuads>([&](auto quad) AR_FORCED {
-          add(quad, vector, high[decltype(quad)::value], low[decltype(quad)::value]);
-        });
+        constexpr int v = decltype(vector)::value, c = C + v / kPer;
+        if constexpr (v % kPer == 0) fetch<BITS, 4 * kQuads, 4 * Q + c>(codes);
+        const uint8_t* block = codes + c * 64 + v % kPer * V::N * 4;
+        acc[v].add(bytes<D, BITS, Q>(block), high, low);
       });
-    } else {
-      unrolled<0, kQuads>([&](auto quad) AR_FORCED {
-        constexpr int Q = decltype(quad)::value;
-        const auto high = D::quad(digits + 4 * Q), low = D::quad(digits + kDepth + 4 * Q);
-        unrolled<0, kVectors>([&](auto vector) AR_FORCED { add(quad, vector, high, low); });
-      });
-    }
+    });
     for (auto& one : acc) one.close();
   }
+  const uint8_t *scales = rec.scales(s.group), *zeros = rec.zeros(s.group);
   for (int v = 0; v < kVectors; ++v) {
     const int feature = C * kBlock + v * V::N;
-    const int64_t at = s.group * kStrip + feature;
     auto zero = V::set(rec.zero_bias - first);
-    if (rec.zeros) zero = V::add(zero, V::bytes_as_floats(rec.zeros + at));
-    const auto scale = V::mul(V::scales(rec.scale, rec.scales + at * rec.width), V::set(x.size));
+    if (zeros) zero = V::add(zero, V::bytes_as_floats(zeros + feature));
+    const auto scale = V::mul(V::scales(rec.scale, scales + feature * rec.width), V::set(x.size));
     const auto value = V::sub(acc[v].total(), V::mul(zero, V::set(x.sum)));
     V::store(sums + feature, V::fma(scale, value, V::load(sums + feature)));
   }

@@ -11,7 +11,6 @@ struct Pairs {
   using V = V256;
   using I = __m256i;
   static constexpr int kBlocks = 1;  // that are multiplied together: 16 registers hold no more
-  static constexpr bool kInOrder = false;
 
   // Eight products of a code (at most 15, or 14 and 7) and a byte fit in 16 bits, twice over.
   struct Sums {

@@ -1,9 +1,11 @@
 // How a weight lies in memory: what Python describes, what every kernel reads.
 //
 // A blob is a header and then one record for every strip of 64 output features ("rows" of the
-// weight, "columns" of the product; here always: features). Records hold everything that a strip
-// needs, one after the other, so that a thread streams through one range of memory and weights
-// that share their input are joined by joining their records.
+// weight, "columns" of the product; here always: features). A record holds everything that a strip
+// needs in the order in which it is needed: the factors of its features, then the scales, zero points
+// and codes of one group after the other (see Format::chunk). So a thread streams through one range of
+// memory, line by line, which is what processors fetch best (docs/log.md), and weights that share
+// their input are joined by joining their records.
 #pragma once
 #include <stdint.h>
 
@@ -17,6 +19,7 @@ constexpr int kFields = 16;        // input pairs of a block
 constexpr int kHeader = 1024;      // bytes: 128 table values, the bias of the zero points
 constexpr int kZeroBias = 128;     // its place in the header, in floats
 constexpr int kSegment = 128;      // inputs summed before they meet their scale
+constexpr int kRegister = 256;     // bytes of a strip's block from one register of codes to the next
 constexpr int kMeta = 8;           // integers that describe a weight
 
 enum Kind { kInteger = 0, kE4M3 = 1, kTable = 2 };  // whole numbers, E4M3, any table
@@ -39,8 +42,15 @@ struct Format {
   int64_t group;          // inputs that share a scale; 0: only the factor of each feature
   int bits, kind, scale, zero;
   int64_t strips, blocks, groups;  // derived: strips of features, blocks of inputs, groups
-  int64_t scales_at, zeros_at, codes_at, record, bytes;  // derived: bytes in a record, and in all
+  // derived: a chunk is a group (two where they have 16 inputs, all inputs where there are none): the
+  // scales of its groups, their zero points, its blocks of codes. `lead`: bytes before the codes.
+  int64_t chunk_groups, chunk_blocks, lead, chunk;
+  int64_t record, bytes;  // derived: of a strip, of all
 };
+
+constexpr int64_t kFactors = kStrip * 4;  // bytes at the front of a record
+
+inline int64_t block_bytes(const Format& f) { return int64_t(kRegister) * f.bits; }
 
 inline int scale_bytes(int kind) {
   switch (kind) {
@@ -52,6 +62,11 @@ inline int scale_bytes(int kind) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where a block's codes begin in a record.
+inline int64_t block_at(const Format& f, int64_t block) {
+  return kFactors + (block / f.chunk_blocks + 1) * f.lead + block * block_bytes(f);
+}
 
 // Reads rows, columns, group, bits, kind, scale, zero, weights (how many of that shape follow one
 // another). Returns false where no kernel reads such a format.
@@ -74,16 +89,18 @@ inline bool read_format(const int64_t* meta, Format* f) {
   f->strips = ceil_div(f->rows, kStrip);
   f->blocks = ceil_div(f->columns, kDepth);
   f->groups = f->group ? ceil_div(f->columns, f->group) : 0;
-  f->scales_at = kStrip * 4;
-  f->zeros_at = f->scales_at + f->groups * kStrip * scale_bytes(f->scale);
-  f->codes_at = f->zeros_at + (f->zero ? f->groups * kStrip : 0);
-  f->record = f->codes_at + f->blocks * 4 * 64 * b;
+  f->chunk_groups = f->group == 0 ? 0 : f->group == kUnit ? 2 : 1;
+  f->chunk_blocks = f->group == 0 ? f->blocks : f->group == kUnit ? 1 : f->group / kDepth;
+  f->lead = f->chunk_groups * kStrip * (scale_bytes(f->scale) + f->zero);
+  f->chunk = f->lead + f->chunk_blocks * block_bytes(*f);
+  f->record = kFactors + ceil_div(f->blocks, f->chunk_blocks) * f->lead + f->blocks * block_bytes(*f);
   f->bytes = kHeader + f->record * f->strips * weights;
   return f->record < (int64_t(1) << 40) && f->bytes > 0;
 }
 
 // Place of a code of fewer than 8 bits within a block: 16-bit lane 2 * feature + (input & 1),
-// register and shift by field = input / 2. Codes of 3, 5 and 6 bits leave spare bits on top of
+// register and shift by field = input / 2. The registers of a strip's four blocks alternate, so that
+// fields are read in the order of memory. Codes of 3, 5 and 6 bits leave spare bits on top of
 // each lane, which together hold the last fields.
 struct Place { int reg, shift; };
 
@@ -99,7 +116,7 @@ constexpr bool is_spread(int bits, int field) { return field >= whole_fields(bit
 // Codes of 8 bits are bytes; unpacking the low and the high halves of each 16 bytes with zeros
 // (or with a table's other half) gives the lanes of an even and of an odd field.
 constexpr int byte_place(int lane, int field) {
-  return 64 * (field / 2) + 16 * (lane / 8) + 8 * (field & 1) + lane % 8;
+  return kRegister * (field / 2) + 16 * (lane / 8) + 8 * (field & 1) + lane % 8;
 }
 
 }  // namespace ar

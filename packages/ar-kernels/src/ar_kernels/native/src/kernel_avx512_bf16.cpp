@@ -67,55 +67,86 @@ Powers powers(int bits) {
   return bits == 2 ? in_place_powers<2>() : bits == 3 ? in_place_powers<3>() : in_place_powers<4>();
 }
 
+// 16 inputs of a row from k on, zeros behind the last.
+AR_INLINE __m512 inputs_at(const Job& job, int64_t row, int64_t k) {
+  const int64_t left = job.format.columns - k;
+  if (left >= kUnit) return V::read(job.x, job.dtype, row + k);
+  const int width = job.dtype == kF32 ? 4 : 2;
+  uint8_t last[kUnit * 4] = {};
+  if (left > 0)
+    memcpy(last, static_cast<const uint8_t*>(job.x) + (row + k) * width, left * width);
+  return V::read(last, job.dtype, 0);
+}
+
+AR_INLINE __m256i as_bf16(__m512 v) { return __m256i(_mm512_cvtneps_pbh(v)); }
+
+// Eight pairs of inputs, `n` places apart.
+AR_INLINE void put_pairs(__m256i pairs, int n, uint32_t* out) {
+  if (n == 1) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), pairs);
+  alignas(32) uint32_t eight[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(eight), pairs);
+  for (int i = 0; i < 8; ++i) out[i * n] = eight[i];
+}
+
+// A row of bf16 as virtual row m of n, for codes read in place where `bases` is given.
+void prepare_one(const Job& job, int64_t row, int n, int m, const Powers& power, uint32_t* out,
+                 float* sums, float* bases) {
+  const Format& f = job.format;
+  const int64_t depth = f.blocks * kDepth, group = f.group ? f.group : depth;
+  // without zero points, the table begins with minus the one of all groups
+  const __m512 zero = V::set(f.zero ? 0.0f : -reinterpret_cast<const float*>(job.blob)[0]);
+  for (int64_t begin = 0, g = 0; begin < depth; begin += group, ++g) {
+    __m512 sum = V::zero(), base = V::zero();
+    const int64_t end = begin + group < depth ? begin + group : depth;
+    for (int64_t k = begin; k < end; k += kUnit) {
+      __m512 x = inputs_at(job, row, k);
+      sum = V::add(sum, x);
+      if (bases) {
+        const __m512 small = V::mul(x, power.of[k / kUnit & 1]);
+        base = V::fma(zero, x, V::fma(V::set(128.0f), small, base));
+        x = small;
+      }
+      put_pairs(as_bf16(x), n, out + k / 2 * n + m);
+    }
+    if (g >= f.groups) continue;  // zeros behind the last input
+    if (sums) sums[g * n + m] = V::sum(sum);
+    if (bases) bases[g * n + m] = V::sum(base);
+  }
+}
+
+// A row as several virtual rows from m of n on, that add up to it.
+void prepare_pieces(const Job& job, int64_t row, int n, int m, uint32_t* out, float* sums) {
+  const Format& f = job.format;
+  for (int64_t k = 0; k < f.blocks * kDepth; k += kUnit) {
+    __m512 rest = inputs_at(job, row, k);
+    for (int p = 0; p < job.pieces; ++p) {
+      const __m256i half = as_bf16(rest);
+      const __m512 piece = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      // infinity is one piece: what is left of it would be no number
+      const __mmask16 whole = _mm512_fpclass_ps_mask(piece, 0x18);
+      rest = _mm512_maskz_sub_ps(__mmask16(~whole), rest, piece);
+      put_pairs(half, n, out + k / 2 * n + m + p);
+      if (sums && k / f.group < f.groups) sums[k / f.group * n + m + p] += V::sum(piece);
+    }
+  }
+}
+
 // Rows of x as packed[tile][pair of inputs][virtual row], and the sums of virtual rows over groups.
 void prepare_bf16(const Job& job, int64_t begin, int64_t end) {
   const Format& f = job.format;
-  const int64_t depth = f.blocks * kDepth, pairs = depth / 2;
+  const int64_t pairs = f.blocks * kDepth / 2;
   const int64_t per = kTile / job.pieces;
   const Powers power = powers(f.bits);
-  // without zero points, the table begins with minus the one of all groups
-  const float zero = f.zero ? 0.0f : -reinterpret_cast<const float*>(job.blob)[0];
   for (int64_t t = begin; t < end; ++t) {
     const int n = tile_rows(job, t);
-    if (job.bases) memset(job.bases + t * kTile * f.groups, 0, sizeof(float) * n * f.groups);
     uint32_t* out = static_cast<uint32_t*>(job.packed) + t * kTile * pairs;
     float* sums = job.sums ? job.sums + t * kTile * f.groups : nullptr;
+    float* bases = job.bases ? job.bases + t * kTile * f.groups : nullptr;
     if (sums) memset(sums, 0, sizeof(float) * n * f.groups);
     for (int m = 0; m < n; m += job.pieces) {
       const int64_t row = (t * per + m / job.pieces) * job.x_stride;
-      for (int64_t k = 0; k < depth; k += kUnit) {
-        const int64_t left = f.columns - k;
-        __m512 rest;
-        if (left >= kUnit) {
-          rest = V::read(job.x, job.dtype, row + k);
-        } else {
-          const int width = job.dtype == kF32 ? 4 : 2;
-          uint8_t last[kUnit * 4] = {};
-          if (left > 0)
-            memcpy(last, static_cast<const uint8_t*>(job.x) + (row + k) * width, left * width);
-          rest = V::read(last, job.dtype, 0);
-        }
-        if (job.bases) {
-          const __m512 small = _mm512_mul_ps(rest, power.of[k / kUnit & 1]);
-          if (k / f.group < f.groups)
-            job.bases[t * kTile * f.groups + k / f.group * n + m] +=
-                V::sum(V::fma(V::set(zero), rest, V::mul(V::set(128.0f), small)));
-          if (sums && k / f.group < f.groups) sums[k / f.group * n + m] += V::sum(rest);
-          rest = small;
-        }
-        for (int p = 0; p < job.pieces; ++p) {
-          const __m256i half = __m256i(_mm512_cvtneps_pbh(rest));
-          const __m512 piece = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-          // infinity is one piece: what is left of it would be no number
-          const __mmask16 whole = _mm512_fpclass_ps_mask(piece, 0x18);
-          rest = _mm512_maskz_sub_ps(__mmask16(~whole), rest, piece);
-          alignas(32) uint32_t eight[8];
-          _mm256_store_si256(reinterpret_cast<__m256i*>(eight), half);
-          for (int i = 0; i < 8; ++i) out[(k / 2 + i) * n + m + p] = eight[i];
-          if (sums && !job.bases && k / f.group < f.groups)
-            sums[k / f.group * n + m + p] += V::sum(piece);
-        }
-      }
+      if (job.pieces == 1) prepare_one(job, row, n, m, power, out, sums, bases);
+      else prepare_pieces(job, row, n, m, out, sums);
     }
   }
 }

@@ -10,7 +10,6 @@ struct Vnni {
   using V = V512;
   using I = __m512i;
   static constexpr int kBlocks = 4;  // that are multiplied together
-  static constexpr bool kInOrder = true;  // registers hold the inputs of a whole block
 
   struct Sums {
     I high, low;

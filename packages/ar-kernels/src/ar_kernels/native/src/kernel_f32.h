@@ -10,12 +10,12 @@ namespace {
 template <class V, int ROWS, int VECTORS>
 AR_INLINE void flush(const Record& rec, int64_t group, int at, const float* x_sums,
                      typename V::F (&acc)[ROWS][VECTORS], float* sums) {
+  const uint8_t *scales = rec.scales(group), *zeros = rec.zeros(group);
   for (int v = 0; v < VECTORS; ++v) {
     const int n = at + v * V::N;
-    const auto scale = V::scales(rec.scale, rec.scales + (group * kStrip + n) * rec.width);
+    const auto scale = V::scales(rec.scale, scales + n * rec.width);
     auto zero = V::set(rec.zero_bias);
-    if (rec.zeros)
-      zero = V::add(zero, V::bytes_as_floats(rec.zeros + group * kStrip + n));
+    if (zeros) zero = V::add(zero, V::bytes_as_floats(zeros + n));
     for (int m = 0; m < ROWS; ++m) {
       auto a = acc[m][v];
       if (x_sums) a = V::sub(a, V::mul(zero, V::set(x_sums[m])));
@@ -25,9 +25,8 @@ AR_INLINE void flush(const Record& rec, int64_t group, int at, const float* x_su
   }
 }
 
-// Writes the values of a run of inputs of a strip as panel[input][64].
-using Decode = void (*)(const Record&, const float* table, int64_t unit, int64_t units,
-                        float* panel);
+// Writes the values of a segment of a strip as panel[input][64].
+using Decode = void (*)(const Record&, const float* table, const Segment&, float* panel);
 
 template <class V, int ROWS>
 void tile(const Record& rec, int64_t group, int64_t inputs, const float* panel, const float* x,
@@ -61,7 +60,7 @@ void many_rows(const Job& job, int64_t begin, int64_t end, Decode decode) {
       const Record rec = record(job, strip);
       memset(sums, 0, sizeof(float) * kStrip * rows * job.pieces);
       segments(f, [&](const Segment& s) {
-        decode(rec, table, s.unit, s.units, panel);
+        decode(rec, table, s, panel);
         for (int64_t i = 0; i < tiles; ++i) {
           const int n = tile_rows(job, t0 + i);
           const float* x = static_cast<const float*>(job.packed) + (t0 + i) * kTile * depth +
@@ -127,13 +126,14 @@ void expand_with(const Job& job, int64_t origin, int64_t begin, int64_t end, Dec
     const int64_t count =
         f.rows - strip * kStrip < kStrip ? f.rows - strip * kStrip : int64_t(kStrip);
     segments(f, [&](const Segment& s) {
-      decode(rec, table, s.unit, s.units, panel);
+      decode(rec, table, s, panel);
       float scale[kStrip], zero[kStrip];
+      const uint8_t *scales = rec.scales(s.group), *zeros = rec.zeros(s.group);
       for (int n = 0; n < kStrip; n += V::N) {
-        const auto v = V::scales(rec.scale, rec.scales + (s.group * kStrip + n) * rec.width);
+        const auto v = V::scales(rec.scale, scales + n * rec.width);
         V::store(scale + n, V::mul(v, V::load(rec.factors + n)));
         auto z = V::set(rec.zero_bias);
-        if (rec.zeros) z = V::add(z, V::bytes_as_floats(rec.zeros + s.group * kStrip + n));
+        if (zeros) z = V::add(z, V::bytes_as_floats(zeros + n));
         V::store(zero + n, z);
       }
       const int64_t at = s.unit * kUnit;

@@ -10,10 +10,10 @@ namespace ar {
 namespace {
 
 template <int BITS>
-void decode(const Record& rec, const float* table, int64_t unit, int64_t units, float* panel) {
-  for (int64_t u = unit; u < unit + units; ++u, panel += kUnit * kStrip)
+void decode(const Record& rec, const float* table, const Segment& s, float* panel) {
+  for (int64_t u = s.unit; u < s.unit + s.units; ++u, panel += kUnit * kStrip)
     for (int lane = 0; lane < 2 * kStrip; ++lane) {
-      const uint8_t* block = rec.codes + (u / 2 * 4 + lane / 32) * 64 * BITS;
+      const uint8_t* block = block_of(rec, s, u) + lane / 32 * 64;
       uint32_t code[kFields];
       if constexpr (BITS == 8) unpack_lane_8(block, lane % 32, code);
       else unpack_lane<BITS>(block + 2 * (lane % 32), code);

@@ -14,17 +14,17 @@ template <class V, int BITS, int F>
 AR_INLINE typename V::I field(const uint8_t* block, int part) {
   constexpr Place at = place(BITS, F);
   if constexpr (!is_spread(BITS, F)) {
-    return V::shift(V::words(block + 64 * at.reg, part), at.shift);
+    return V::shift(V::words(block + kRegister * at.reg, part), at.shift);
   } else if constexpr (BITS == 6) {
     constexpr int i = F - whole_fields(6);
-    const auto low = V::shift(V::words(block + 64 * i, part), 12);
-    const auto high = V::shift(V::words(block + 64 * (4 + i / 2), part), 12 + 2 * (i & 1));
+    const auto low = V::shift(V::words(block + kRegister * i, part), 12);
+    const auto high = V::shift(V::words(block + kRegister * (4 + i / 2), part), 12 + 2 * (i & 1));
     return V::either(V::keep(low, 0x000f000f), V::shift_up(V::keep(high, 0x00030003), 4));
   } else {
     auto out = V::keep(V::shift(V::words(block, part), 15), 0x00010001);
     unrolled<1, BITS>([&](auto j) {
       constexpr int bit = decltype(j)::value;
-      const auto one = V::keep(V::shift(V::words(block + 64 * bit, part), 15), 0x00010001);
+      const auto one = V::keep(V::shift(V::words(block + kRegister * bit, part), 15), 0x00010001);
       out = V::either(out, V::shift_up(one, bit));
     });
     return out;
@@ -36,7 +36,7 @@ template <class V, int BITS, int KIND, int F>
 AR_INLINE void values(const uint8_t* block, int part, const typename V::Tables& t,
                       typename V::F* even, typename V::F* odd) {
   if constexpr (BITS == 8) {
-    const uint8_t* reg = block + 64 * (F / 2);
+    const uint8_t* reg = block + kRegister * (F / 2);
     *even = V::template lookup<BITS, KIND>(V::codes8(reg, part, F & 1, 0), t);
     *odd = V::template lookup<BITS, KIND>(V::codes8(reg, part, F & 1, 1), t);
   } else {
@@ -56,15 +56,15 @@ void few_rows(const Job& job, int64_t strip, const typename V::Tables& t, float*
       typename V::F acc[ROWS][VECTORS];
       for (int m = 0; m < ROWS; ++m)
         for (int v = 0; v < VECTORS; ++v) acc[m][v] = V::zero();
-      const auto add = [&](auto half, int64_t b) AR_FORCED {
+      const auto add = [&](auto half, int64_t u) AR_FORCED {
         constexpr int BEGIN = 8 * decltype(half)::value;
-        const uint8_t* block = rec.codes + (b * 4 + first) * 64 * BITS;
-        const float* xb = x + b * kDepth * ROWS;
+        const uint8_t* block = block_of(rec, s, u) + first * 64;
+        const float* xb = x + u / 2 * kDepth * ROWS;
         unrolled<BEGIN, BEGIN + 8>([&](auto f) AR_FORCED {
           constexpr int F = decltype(f)::value;
           for (int v = 0; v < VECTORS; ++v) {
             typename V::F even, odd;
-            values<V, BITS, KIND, F>(block + v / PARTS * 64 * BITS, v % PARTS, t, &even, &odd);
+            values<V, BITS, KIND, F>(block + v / PARTS * 64, v % PARTS, t, &even, &odd);
             for (int m = 0; m < ROWS; ++m) {
               acc[m][v] = V::fma(even, V::set(xb[2 * F * ROWS + m]), acc[m][v]);
               acc[m][v] = V::fma(odd, V::set(xb[(2 * F + 1) * ROWS + m]), acc[m][v]);
@@ -73,8 +73,8 @@ void few_rows(const Job& job, int64_t strip, const typename V::Tables& t, float*
         });
       };
       for (int64_t u = s.unit; u < s.unit + s.units; ++u) {
-        if (u & 1) add(Int<1>{}, u / 2);
-        else add(Int<0>{}, u / 2);
+        if (u & 1) add(Int<1>{}, u);
+        else add(Int<0>{}, u);
       }
       const float* x_sums = group_sums(job, s, 0, ROWS);
       flush<V, ROWS, VECTORS>(rec, s.group, first * kBlock, x_sums, acc, sums);
@@ -83,7 +83,7 @@ void few_rows(const Job& job, int64_t strip, const typename V::Tables& t, float*
 }
 
 template <class V, int BITS, int KIND>
-void decode(const Record& rec, const float* table, int64_t unit, int64_t units, float* panel) {
+void decode(const Record& rec, const float* table, const Segment& s, float* panel) {
   constexpr int PARTS = kBlock / V::N;
   typename V::Tables t;
   V::tables(table, &t);
@@ -100,9 +100,9 @@ void decode(const Record& rec, const float* table, int64_t unit, int64_t units, 
       }
     });
   };
-  for (int64_t u = unit; u < unit + units; ++u, panel += kUnit * kStrip)
+  for (int64_t u = s.unit; u < s.unit + s.units; ++u, panel += kUnit * kStrip)
     for (int c = 0; c < 4; ++c) {
-      const uint8_t* block = rec.codes + (u / 2 * 4 + c) * 64 * BITS;
+      const uint8_t* block = block_of(rec, s, u) + c * 64;
       if (u & 1) add(Int<1>{}, block, panel + c * kBlock);
       else add(Int<0>{}, block, panel + c * kBlock);
     }

@@ -7,8 +7,8 @@
 namespace ar {
 namespace {
 
-// One lane (a feature and a parity of inputs) of a block: its 16 codes into 16-bit words 64 bytes
-// apart.
+// One lane (a feature and a parity of inputs) of a block: its 16 codes into 16-bit words of as
+// many registers.
 template <int BITS>
 void pack_lane(const uint32_t* code, uint8_t* to) {
   uint32_t word[BITS] = {};
@@ -26,7 +26,7 @@ void pack_lane(const uint32_t* code, uint8_t* to) {
   }
   for (int j = 0; j < BITS; ++j) {
     const uint16_t half = uint16_t(word[j]);
-    memcpy(to + 64 * j, &half, 2);
+    memcpy(to + kRegister * j, &half, 2);
   }
 }
 
@@ -35,7 +35,7 @@ void unpack_lane(const uint8_t* from, uint32_t* code) {
   uint32_t word[BITS];
   for (int j = 0; j < BITS; ++j) {
     uint16_t half;
-    memcpy(&half, from + 64 * j, 2);
+    memcpy(&half, from + kRegister * j, 2);
     word[j] = half;
   }
   constexpr uint32_t mask = (1 << BITS) - 1;

@@ -34,9 +34,9 @@ void pack_strips(const Format& f, const uint8_t* codes, uint8_t* first, int64_t 
   const uint32_t mask = (1u << f.bits) - 1;
   with_bits(f.bits, [&](auto pack, auto) {
     for (int64_t s = begin; s < end; ++s) {
-      uint8_t* out = first + s * f.record + f.codes_at;
       for (int64_t b = 0; b < f.blocks; ++b)
-        for (int c = 0; c < 4; ++c, out += 64 * f.bits)
+        for (int c = 0; c < 4; ++c) {
+          uint8_t* out = first + s * f.record + block_at(f, b) + 64 * c;
           for (int lane = 0; lane < 32; ++lane) {
             const int64_t row = s * kStrip + c * kBlock + lane / 2;
             uint32_t code[kFields];
@@ -52,6 +52,7 @@ void pack_strips(const Format& f, const uint8_t* codes, uint8_t* first, int64_t 
             if (f.bits == 8) pack_lane_8(code, lane, out);
             else pack(code, out + 2 * lane);
           }
+        }
     }
   });
 }
@@ -60,9 +61,9 @@ void unpack_strips(const Format& f, const uint8_t* first, uint8_t* codes, int64_
                    int64_t end) {
   with_bits(f.bits, [&](auto, auto unpack) {
     for (int64_t s = begin; s < end; ++s) {
-      const uint8_t* in = first + s * f.record + f.codes_at;
       for (int64_t b = 0; b < f.blocks; ++b)
-        for (int c = 0; c < 4; ++c, in += 64 * f.bits)
+        for (int c = 0; c < 4; ++c) {
+          const uint8_t* in = first + s * f.record + block_at(f, b) + 64 * c;
           for (int lane = 0; lane < 32; ++lane) {
             const int64_t row = s * kStrip + c * kBlock + lane / 2;
             if (row >= f.rows) continue;
@@ -75,6 +76,7 @@ void unpack_strips(const Format& f, const uint8_t* first, uint8_t* codes, int64_
                 codes[row * f.columns + column] = uint8_t(from_stored(f, code[i]));
             }
           }
+        }
     }
   });
 }

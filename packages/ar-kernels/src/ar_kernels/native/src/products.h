@@ -84,9 +84,12 @@ inline void prepare_tiles(const Kernels& k, const Job& job, int64_t begin, int64
   else k.prepare(job, begin, end);
 }
 
-inline void multiply_strips(const Kernels& k, const Job& job, int64_t begin, int64_t end) {
-  const uint8_t* first = job.first + begin * job.format.record;
+inline void fetch_first(const Job& job, int64_t strip) {
+  const uint8_t* first = job.first + strip * job.format.record;
   for (int64_t i = 0; i < kFirstBytes; i += 64) __builtin_prefetch(first + i, 0, 2);
+}
+
+inline void multiply_strips(const Kernels& k, const Job& job, int64_t begin, int64_t end) {
   if (job.digits) k.digits->multiply(job, begin, end);
   else k.multiply(job, begin, end);
 }

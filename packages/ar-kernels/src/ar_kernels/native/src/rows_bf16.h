@@ -19,8 +19,8 @@ AR_INLINE void add_half(const uint8_t* block, const uint32_t* x, const Tables& t
     constexpr int F = decltype(f)::value, C = decltype(c)::value;
     fetch<BITS, kFetches, 4 * F + C>(block);
     __m512bh w;
-    if constexpr (IN_PLACE) w = in_place<BITS, F>(block + C * 64 * BITS);
-    else w = weights<BITS, F>(block + C * 64 * BITS, t);
+    if constexpr (IN_PLACE) w = in_place<BITS, F>(block + C * 64);
+    else w = weights<BITS, F>(block + C * 64, t);
     for (int m = 0; m < ROWS; ++m)
       acc[F % SETS][m][C] = dot(acc[F % SETS][m][C], w, x[F * ROWS + m]);
   };
@@ -38,7 +38,6 @@ AR_INLINE void add_half(const uint8_t* block, const uint32_t* x, const Tables& t
 template <int BITS, int ROWS, bool IN_PLACE>
 void few_rows_bf16(const Job& job, int64_t strip, const Tables& t, float* sums) {
   constexpr int SETS = ROWS <= 2 ? 2 : 1;
-  constexpr int64_t kBytes = 4 * 64 * BITS;
   const Record rec = record(job, strip);
   const uint32_t* x = static_cast<const uint32_t*>(job.packed);
   segments(job.format, [&](const Segment& s) AR_FORCED {
@@ -47,7 +46,7 @@ void few_rows_bf16(const Job& job, int64_t strip, const Tables& t, float* sums) 
       for (auto& row : set)
         for (auto& one : row) one = _mm512_setzero_ps();
     for (int64_t u = s.unit; u < s.unit + s.units; ++u) {
-      const uint8_t* block = rec.codes + u / 2 * kBytes;
+      const uint8_t* block = block_of(rec, s, u);
       const uint32_t* pairs = x + u / 2 * kFields * ROWS;
       if (u & 1) add_half<BITS, ROWS, SETS, IN_PLACE, 8>(block, pairs, t, acc);
       else add_half<BITS, ROWS, SETS, IN_PLACE, 0>(block, pairs, t, acc);
@@ -65,20 +64,21 @@ void few_rows_bf16(const Job& job, int64_t strip, const Tables& t, float* sums) 
   });
 }
 
-// Writes the weights of a run of inputs as panel[pair of inputs][64 features].
+// Writes the weights of a run of inputs, of any groups, as panel[pair of inputs][64 features].
 template <int BITS>
-void decode_pairs(const Record& rec, int64_t unit, int64_t units, const Tables& t, uint32_t* panel) {
+void decode_pairs(const Format& f, const uint8_t* strip, const Segment& s, const Tables& t,
+                  uint32_t* panel) {
   const auto add = [&](auto half, const uint8_t* block) AR_FORCED {
     constexpr int BEGIN = 8 * decltype(half)::value;
     for (int c = 0; c < 4; ++c)
       unrolled<BEGIN, BEGIN + 8>([&](auto f) AR_FORCED {
         constexpr int F = decltype(f)::value;
-        const __m512bh w = weights<BITS, F>(block + c * 64 * BITS, t);
+        const __m512bh w = weights<BITS, F>(block + c * 64, t);
         _mm512_store_si512(panel + (F - BEGIN) * kStrip + c * kBlock, __m512i(w));
       });
   };
-  for (int64_t u = unit; u < unit + units; ++u, panel += kUnit / 2 * kStrip) {
-    const uint8_t* block = rec.codes + u / 2 * 4 * 64 * BITS;
+  for (int64_t u = s.unit; u < s.unit + s.units; ++u, panel += kUnit / 2 * kStrip) {
+    const uint8_t* block = strip + block_at(f, u / 2);
     if (u & 1) add(Int<1>{}, block);
     else add(Int<0>{}, block);
   }
@@ -101,7 +101,7 @@ bool scales_fold(const Format& f, const uint8_t* blob) {
 AR_INLINE void fold(const Record& rec, int64_t group, uint32_t* panel) {
   const __m512i high = _mm512_set1_epi32(int(0xffff0000));
   for (int c = 0; c < 4; ++c) {
-    const __m512 scale = V::scales(rec.scale, rec.scales + group * kStrip + c * kBlock);
+    const __m512 scale = V::scales(rec.scale, rec.scales(group) + c * kBlock);
     for (int i = 0; i < kUnit / 2; ++i) {
       uint32_t* at = panel + i * kStrip + c * kBlock;
       const __m512i w = _mm512_load_si512(at);
@@ -148,7 +148,8 @@ template <int BITS>
 void by_panel(const Run& run, const Record& rec, const Segment& s, const Record* scaled) {
   const Format& f = run.job.format;
   alignas(64) uint32_t panel[kSegment / 2 * kStrip];
-  decode_pairs<BITS>(rec, s.unit, s.units, run.tables, panel);
+  const auto* strip = reinterpret_cast<const uint8_t*>(rec.factors);
+  decode_pairs<BITS>(f, strip, s, run.tables, panel);
   for (int64_t u = 0; scaled && u < s.units; ++u) {
     const int64_t group = (s.unit + u) * kUnit / f.group;  // inputs past the last are zeros
     fold(*scaled, group < f.groups ? group : f.groups - 1, panel + u * kUnit / 2 * kStrip);
@@ -176,7 +177,7 @@ AR_INLINE void add_rows(const uint8_t* block, const uint32_t* x, const uint32_t*
     unrolled<0, BLOCKS>([&](auto c) AR_FORCED {
       constexpr int line = line_at(BITS, kFetches, 4 * F + C + decltype(c)::value);
       if constexpr (line >= 0) _mm_prefetch(block + kAheadOfMany + 64 * line, _MM_HINT_T0);
-      w[c] = weights<BITS, F>(block + (C + c) * 64 * BITS, t);
+      w[c] = weights<BITS, F>(block + (C + c) * 64, t);
     });
     for (int m = 0; m < kTile + MORE; ++m) {
       const uint32_t one = m < kTile ? x[F * kTile + m] : more[F * MORE + m - kTile];
@@ -193,7 +194,7 @@ AR_INLINE void add_blocks(const Run& run, const Record& rec, const Segment& s, i
     for (auto& one : row) one = _mm512_setzero_ps();
   const uint32_t *x = run.x(i, 0, kTile), *more = run.x(i + 1, 0, MORE);
   for (int64_t u = s.unit; u < s.unit + s.units; ++u) {
-    const uint8_t* block = rec.codes + u / 2 * 4 * 64 * BITS;
+    const uint8_t* block = block_of(rec, s, u);
     const uint32_t *at = x + u / 2 * kFields * kTile, *next = more + u / 2 * kFields * MORE;
     if (u & 1) add_rows<BITS, MORE, C, BLOCKS, 8>(block, at, next, run.tables, acc);
     else add_rows<BITS, MORE, C, BLOCKS, 0>(block, at, next, run.tables, acc);
