@@ -390,9 +390,15 @@ int32_t in_turn(int64_t begin, int64_t end, int64_t grain, void (*fn)(int64_t, i
   return 0;
 }
 
+// A thread for every unit, more than share what is left.
+int32_t in_singles(int64_t begin, int64_t end, int64_t, void (*fn)(int64_t, int64_t, void*),
+                   void* context) {
+  return in_threads(begin, end, 1, fn, context);
+}
+
 void run_several(int64_t isa, int64_t rows) {
   const ar_runtime alone_runtime{nullptr, isa};
-  const int64_t metas[3][8] = {{1100, 96, 32, 4, 0, 3, 0, 1}, {64, 96, 32, 4, 0, 3, 0, 1},
+  const int64_t metas[3][8] = {{4500, 96, 32, 4, 0, 3, 0, 1}, {64, 96, 32, 4, 0, 3, 0, 1},
                                {17, 96, 96, 3, 0, 3, 0, 1}};
   std::vector<uint8_t> blobs[3], alone[3], together[3];
   const auto x = some(rows * 96, 2), weight = some(96, 2);
@@ -415,9 +421,13 @@ void run_several(int64_t isa, int64_t rows) {
     products[i] = ar_product{normed.data(), int64_t(normed.size()), rows, 96, 2, nullptr,
                              alone[i].data(), int64_t(alone[i].size())};
     good &= ar_multiply(&alone_runtime, weights + i, products + i) == 0;
-    auto again = exactly<uint8_t>(alone[i].size());
-    const ar_bound bound{&alone_runtime, weights + i, 2};
-    good &= ar_multiply_bound(&bound, normed.data(), rows, again.data()) == 0 && again == alone[i];
+    for (const ar_parallel parallel : {ar_parallel(nullptr), ar_parallel(in_threads),
+                                       ar_parallel(in_turn), ar_parallel(in_singles)}) {
+      const ar_runtime runtime{parallel, isa};
+      const ar_bound bound{&runtime, weights + i, 2};
+      auto again = exactly<uint8_t>(alone[i].size());
+      good &= ar_multiply_bound(&bound, normed.data(), rows, again.data()) == 0 && again == alone[i];
+    }
   }
   const ar_call calls[] = {{1, &norm, nullptr, 0}, {0, weights, products, 3}};
   for (const ar_parallel parallel : {ar_parallel(nullptr), ar_parallel(in_threads),
@@ -436,7 +446,7 @@ void run_several(int64_t isa, int64_t rows) {
   good &= ar_run(&alone_runtime, &five, 1, 1) != 0;
   products[1].x = x.data();
   good &= ar_run(&alone_runtime, calls + 1, 1, 1) != 0;
-  expect(good, "several", isa, 4, Shape{1100, 96, 32}, rows);
+  expect(good, "several", isa, 4, Shape{4500, 96, 32}, rows);
 }
 
 void run_steps(int64_t isa) {

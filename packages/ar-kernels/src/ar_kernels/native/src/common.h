@@ -60,10 +60,10 @@ AR_INLINE void segments(const Format& f, Fn&& fn) {
 }
 
 struct Record {
-  const float* factors;    // of each feature
-  const uint8_t* chunks;   // see Format
+  const float* factors;   // of each feature
+  const uint8_t* chunks;  // see Format
   int64_t chunk, lead, block;  // bytes
-  int scale, width, pairs; // kind and bytes of a scale; 1: a chunk has two groups
+  int scale, width, pairs;  // kind and bytes of a scale; 1: a chunk has two groups
   bool has_zeros;
   float zero_bias;
 

@@ -100,8 +100,8 @@ class Crew {
 
 class Ranges {
  public:
-  // Calls fn(unit) for every unit of a thread's range, then for units left of those of others. A range
-  // whose thread comes late stays his.
+  // Calls fn(unit) for every unit of a thread's range, then for what is left of those of others. That
+  // of a thread that comes late is not touched before it comes.
   template <class Fn>
   void work(int64_t begin, int64_t end, Fn&& fn) {
     const int64_t me = arrived_.fetch_add(1, std::memory_order_relaxed);

@@ -1,9 +1,9 @@
 // Codes fetched before they are multiplied by a row or a few.
 //
-// The hardware does not follow a stream from one page to the next. Lines are asked for between the
-// products: a block's lines at once fill the queue of misses. And they are asked for twice: far
-// ahead into the second-level cache, as lines on their way to the first would take all its places,
-// and from there shortly before (docs/log.md has what each distance gives).
+// A core that multiplies looks less far ahead than one that only reads, so lines are asked for by
+// hand, between the products: a block's lines at once fill the queue of misses. And they are asked for
+// twice: far ahead into the second-level cache, as lines on their way to the first would take all its
+// places, and from there shortly before (docs/log.md has what each distance gives).
 #pragma once
 #include "common.h"
 
