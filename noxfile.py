@@ -39,12 +39,24 @@ def tests(session: nox.Session) -> None:
     """The whole test suite in the current environment (pytest arguments after --).
 
     Two processes of one thread each: 4,500 small tests gain nothing from threads within one.
+    Random inputs are the same each time; `fuzz` looks for others.
     """
     session.run(
         *(sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not network"),
-        *session.posargs,
+        *("--hypothesis-profile", "ci", *session.posargs),
         env={"OMP_NUM_THREADS": "1"},
     )
+
+
+@nox.session(venv_backend="none")
+def fuzz(session: nox.Session) -> None:
+    """Tests of random inputs with other inputs each time (a number of rounds after --, else 10)."""
+    for _ in range(int(session.posargs[0]) if session.posargs else 10):
+        session.run(
+            *(sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "hypothesis"),
+            *("--hypothesis-seed", "random"),
+            env={"OMP_NUM_THREADS": "1"},
+        )
 
 
 @nox.session(venv_backend="none")

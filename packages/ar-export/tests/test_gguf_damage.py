@@ -87,6 +87,15 @@ def test_a_damaged_file_is_named(damaged, edit) -> None:
     assert ".gguf" in report.findings[0].what
 
 
+def test_a_quantized_tensor_that_is_no_weight_is_named(damaged) -> None:
+    def rename(raw: bytearray) -> None:
+        at = raw.index(b"blk.0.ffn_gate.weight") + len("blk.0.ffn_gate.")
+        raw[at : at + 6] = b"\x03eight"
+
+    report = verify(damaged(rename))
+    assert "but no layer's weight" in report.findings[0].what
+
+
 def test_a_sound_file_is_sound(original) -> None:
     report = verify(original)
     assert report.ok, report.findings

@@ -166,6 +166,9 @@ def open_gguf(path: Path) -> GgufCheckpoint:
             raise ExportError(msg)
         preset = scheme(PRESETS[kind])
         for name in _experts(key, shape):
+            if not name.endswith(".weight"):
+                msg = f"{file}: {found.name!r} is of type {kind}, but no layer's weight"
+                raise ExportError(msg)
             stored[name], facts[name] = found, TensorFact(shape[-2:], torch.uint8)
             layer, order = name.removesuffix(".weight"), f"gguf_{kind.lower()}"
             quantized[layer] = LayerEntry(preset, shape[-2], shape[-1], order)
