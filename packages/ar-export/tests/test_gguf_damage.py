@@ -64,6 +64,11 @@ def number(at: int, value: int, size: str = "<Q") -> Callable[[bytearray], objec
     )
 
 
+def longer_array(raw: bytearray) -> None:
+    key = b"tokenizer.ggml.token_type"
+    struct.pack_into("<Q", raw, raw.index(key) + len(key) + 8, 2**40)
+
+
 BROKEN: dict[str, Callable[[bytearray], object]] = {
     "empty": lambda raw: raw.clear(),
     "no header": lambda raw: raw.__delitem__(slice(5, None)),
@@ -74,6 +79,7 @@ BROKEN: dict[str, Callable[[bytearray], object]] = {
     "tensors beyond the file": number(8, 2**60),
     "keys beyond the file": number(16, 2**60),
     "a key of 2**60 bytes": number(24, 2**60),
+    "an array of 2**40 numbers": longer_array,
 }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ar_export.errors import ExportError
+from ar_export.gguf.opening import open_reader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,9 +86,7 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
 
 
 def _read_gguf(path: Path) -> ImportanceMatrix:
-    import gguf
-
-    reader = gguf.GGUFReader(path)
+    reader = open_reader(path)
     found = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
     entries = {}
     for key, sums in found.items():

@@ -17,6 +17,7 @@ from ar_export.gguf.mix import PRESETS
 from ar_export.gguf.mmproj.families import family_of
 from ar_export.gguf.mmproj.reader import open_mmproj
 from ar_export.gguf.multimodal import WRAPPER, described, sees, text_of
+from ar_export.gguf.opening import open_reader
 from ar_export.gguf.rows import reordered, row_order
 from ar_kernels import KernelError, layout
 from ar_kernels.layouts.base import TensorFact
@@ -145,9 +146,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         msg = "GGUF files need the gguf package: pip install 'ar-export[gguf]'"
         raise ExportError(msg)
     try:
-        import gguf
-
-        reader = gguf.GGUFReader(file)
+        reader = open_reader(file)
         tensors, wrapper = reader.tensors, _wrapper(reader)
     except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError) as error:
         msg = f"{file} is not a whole GGUF file: {error}"

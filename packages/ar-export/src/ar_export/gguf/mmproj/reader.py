@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ar_export.gguf.mmproj.writer import SOURCES
+from ar_export.gguf.opening import open_reader
 from ar_export.gguf.rows import pairs_apart
 
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ def open_mmproj(path: Path, family: Family, config: Mapping[str, Any]) -> Mmproj
         family: the model's family.
         config: its configuration with all defaults.
     """
-    import gguf
-
-    read = gguf.GGUFReader(path)
+    read = open_reader(path)
     field = read.fields.get(SOURCES)
     if field is None:
         return None
