@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 import ar_cli
 from ar_cli.demo import run as demo
@@ -21,20 +17,7 @@ from ar_schemes import ArError
 DEMO = Path(ar_cli.__file__).parent / "demo" / "model"
 
 
-def ar(*args: object) -> Result:
-    return CliRunner().invoke(cli, [str(a) for a in args])
-
-
-@pytest.fixture(scope="module")
-def rtn(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("rtn") / "out"
-    done = ar("quantize", DEMO, "--recipe", "rtn", "-o", out)
-    assert done.exit_code == 0, done.output
-    assert "verified" in done.output
-    return out
-
-
-def test_quantize_prints_facts_as_json(tmp_path) -> None:
+def test_quantize_prints_facts_as_json(ar, tmp_path) -> None:
     done = ar("quantize", DEMO, "--recipe", "rtn", "-o", tmp_path / "out", "--json", "--bits", 8)
     facts = json.loads(done.stdout)
     assert facts["verified"] is True
@@ -42,7 +25,7 @@ def test_quantize_prints_facts_as_json(tmp_path) -> None:
     assert facts["bytes"] < facts["bytes_before"]
 
 
-def test_plan_joins_blocks_or_lists_every_layer() -> None:
+def test_plan_joins_blocks_or_lists_every_layer(ar) -> None:
     joined = ar("plan", DEMO).output
     assert "model.layers.*.mlp.down_proj" in joined
     every = ar("plan", DEMO, "--all").output
@@ -52,7 +35,7 @@ def test_plan_joins_blocks_or_lists_every_layer() -> None:
     assert facts["bits_per_weight"] == pytest.approx(4 + 20 / 128)
 
 
-def test_plan_takes_rules(tmp_path) -> None:
+def test_plan_takes_rules(ar, tmp_path) -> None:
     rules = tmp_path / "rules.json"
     rules.write_text('{"down_proj": "W8A16"}')
     for given in (rules, '{"down_proj": "W8A16"}'):
@@ -62,7 +45,7 @@ def test_plan_takes_rules(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "nowhere.json", "[1]"])
-def test_rules_that_are_no_object_are_refused(text, tmp_path) -> None:
+def test_rules_that_are_no_object_are_refused(ar, text, tmp_path) -> None:
     file = tmp_path / "rules.json"
     file.write_text("[1]")
     done = ar("plan", DEMO, "--layer-config", file if text == "[1]" else text)
@@ -70,7 +53,7 @@ def test_rules_that_are_no_object_are_refused(text, tmp_path) -> None:
     assert "--layer-config" in done.output
 
 
-def test_inspect_tells_format_schemes_and_size(rtn) -> None:
+def test_inspect_tells_format_schemes_and_size(ar, rtn) -> None:
     text = ar("inspect", rtn).output
     assert "auto_round" in text
     assert "W4A16G128" in text
@@ -79,14 +62,14 @@ def test_inspect_tells_format_schemes_and_size(rtn) -> None:
     assert "float" in ar("inspect", DEMO).output
 
 
-def test_verify_ends_with_status_0_or_1(rtn, tmp_path) -> None:
+def test_verify_ends_with_status_0_or_1(ar, rtn, tmp_path) -> None:
     assert ar("verify", rtn).exit_code == 0
     assert "28 compared bit by bit" in ar("verify", rtn, "--against", rtn).output
     assert json.loads(ar("verify", rtn, "--json").stdout)["ok"] is True
     assert "NOT sound" in ar("verify", tmp_path).output
 
 
-def test_eval_measures_against_the_float_model(rtn) -> None:
+def test_eval_measures_against_the_float_model(ar, rtn) -> None:
     args = ("--tokens", 2048, "--seqlen", 64, "--json")
     found = json.loads(ar("eval", rtn, "--against", DEMO, *args).stdout)
     assert 0 < found["kl"] < 1
@@ -96,7 +79,7 @@ def test_eval_measures_against_the_float_model(rtn) -> None:
     assert "perplexity" in ar("eval", rtn, "--tokens", 2048, "--seqlen", 64).output
 
 
-def test_eval_refuses_what_it_cannot_read(rtn, tmp_path) -> None:
+def test_eval_refuses_what_it_cannot_read(ar, rtn, tmp_path) -> None:
     assert "cannot be read" in ar("eval", rtn, "--text", tmp_path / "no.txt").output
     assert "--dtype" in ar("eval", rtn, "--dtype", "int8").output
     bare = tmp_path / "bare"
@@ -107,66 +90,11 @@ def test_eval_refuses_what_it_cannot_read(rtn, tmp_path) -> None:
     assert "less than one window" in ar("eval", rtn, "--text", short).output
 
 
-def test_generate_is_greedy_unless_asked(rtn) -> None:
+def test_generate_is_greedy_unless_asked(ar, rtn) -> None:
     args = ("generate", rtn, "--prompt", "Return the", "--max-new-tokens", 6)
     assert ar(*args).stdout == ar(*args).stdout
     warm = (*args, "--temperature", 1.5, "--seed", 3)
     assert ar(*warm).stdout == ar(*warm).stdout
-
-
-def test_bench_tells_speed_memory_and_backends(rtn) -> None:
-    load = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeat", 1)
-    found = json.loads(ar("bench", rtn, *load, "--json").stdout)
-    assert sum(found["backends"].values()) == 28
-    assert found["decode_tokens_per_second"] * found["milliseconds_per_token"] == pytest.approx(1e3)
-    assert found["prefill_tokens_per_second"] > 0
-    assert found["peak_bytes"] > 10**7
-    table = ar("bench", rtn, *load, "--against", DEMO).stdout
-    assert "writing, tokens per second" in table
-    assert "none" in table  # the float model has no quantized layers
-    wrong = ar("bench", rtn, *load, "--against", rtn / "nothing")
-    assert wrong.exit_code == 2
-    assert "--against" in wrong.output
-
-
-def test_bench_sets_the_compiled_model_beside_the_plain_one(rtn) -> None:
-    load = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeat", 1)
-    compiled = ("bench", rtn, *load, "--compile", "--compile-backend", "eager")
-    found = json.loads(ar(*compiled, "--json").stdout)
-    assert sum(found["this"]["backends"].values()) == 28
-    assert found["compiled"]["whole_graphs"] is True
-    assert found["compiled"]["compile_seconds"] > 0
-    assert found["compiled"]["decode_tokens_per_second"] > 0
-    table = ar(*compiled).stdout
-    assert "time to compile" in table
-    assert "one graph each" in table
-
-
-def test_bench_refuses_to_compile_where_nothing_can_be(rtn, tmp_path) -> None:
-    unknown = ar("bench", rtn, "--compile", "--compile-backend", "nonsense")
-    assert unknown.exit_code == 2
-    assert "nonsense" in unknown.output
-    both = ar("bench", rtn, "--compile", "--against", DEMO)
-    assert both.exit_code == 2
-    assert "--against" in both.output
-    # in a process of its own, because torch keeps for good which compiler it found
-    environment = {
-        "CXX": "no-such-compiler",
-        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-    }
-    without = subprocess.run(
-        [sys.executable, "-m", "ar_cli", "bench", str(rtn), "--compile"],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert without.returncode == 2
-    assert "InvalidCxxCompiler" in without.stderr
-    assert "CXX" in without.stderr
-    assert "Traceback" not in without.stderr
 
 
 @pytest.mark.parametrize(
@@ -174,13 +102,13 @@ def test_bench_refuses_to_compile_where_nothing_can_be(rtn, tmp_path) -> None:
     [("--seqlen", 1), ("--tokens", -5), ("--device", "nonsense")],
     ids=["seqlen", "tokens", "device"],
 )
-def test_eval_refuses_numbers_and_devices_that_cannot_be(rtn, args) -> None:
+def test_eval_refuses_numbers_and_devices_that_cannot_be(ar, rtn, args) -> None:
     done = ar("eval", rtn, *args)
     assert done.exit_code == 2
     assert str(args[1]) in done.output
 
 
-def test_generate_refuses_an_empty_prompt_and_an_unknown_device(rtn) -> None:
+def test_generate_refuses_an_empty_prompt_and_an_unknown_device(ar, rtn) -> None:
     done = ar("generate", rtn, "--prompt", "")
     assert done.exit_code == 2
     assert "--prompt" in done.output
@@ -188,7 +116,7 @@ def test_generate_refuses_an_empty_prompt_and_an_unknown_device(rtn) -> None:
 
 
 @pytest.mark.parametrize("command", ["plan", "quantize"])
-def test_a_wrong_dataset_is_refused_before_work(command, tmp_path) -> None:
+def test_a_wrong_dataset_is_refused_before_work(ar, command, tmp_path) -> None:
     output = () if command == "plan" else ("-o", tmp_path / "out")
     done = ar(command, DEMO, "--dataset", "default:nmu=3", *output)
     assert done.exit_code == 2
@@ -196,7 +124,7 @@ def test_a_wrong_dataset_is_refused_before_work(command, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_help_shows_how_sets_are_combined() -> None:
+def test_the_help_shows_how_sets_are_combined(ar) -> None:
     from ar_tuner.calibration.grammar import OPTIONS
 
     shown = " ".join(ar("quantize", "--help").output.split())
@@ -204,7 +132,7 @@ def test_the_help_shows_how_sets_are_combined() -> None:
     assert all(option in shown for option in OPTIONS)
 
 
-def test_the_next_commands_can_be_typed_as_they_stand(tmp_path) -> None:
+def test_the_next_commands_can_be_typed_as_they_stand(ar, tmp_path) -> None:
     out = tmp_path / "with space"
     lines = ar("quantize", DEMO, "--recipe", "rtn", "-o", out, "--no-verify").output.splitlines()
     typed = [shlex.split(line) for line in lines[lines.index("Next:") + 1 :]]
@@ -233,20 +161,20 @@ def test_the_demo_keeps_the_recipe_and_gives_both_columns_the_same_layers(
     assert {k: nearest[k] for k in rules} == rules
 
 
-def test_a_chat_without_a_template_is_refused(rtn) -> None:
+def test_a_chat_without_a_template_is_refused(ar, rtn) -> None:
     done = ar("generate", rtn, "--prompt", "x", "--chat")
     assert done.exit_code == 2
     assert "no chat template" in done.output
 
 
 @pytest.mark.parametrize("command", ["schemes", "formats", "backends", "plugins"])
-def test_a_listing_is_a_table_or_json(command) -> None:
+def test_a_listing_is_a_table_or_json(ar, command) -> None:
     assert ar(command).exit_code == 0
     told = json.loads(ar(command, "--json").stdout)
     assert isinstance(told, dict if command == "formats" else list)
 
 
-def test_backends_of_a_checkpoint_say_what_runs_each_kind_of_layer(rtn) -> None:
+def test_backends_of_a_checkpoint_say_what_runs_each_kind_of_layer(ar, rtn) -> None:
     told = json.loads(ar("backends", rtn, "--dtype", "float32", "--json").stdout)
     assert sum(kind["count"] for kind in told) == 28
     for kind in told:
@@ -258,14 +186,14 @@ def test_backends_of_a_checkpoint_say_what_runs_each_kind_of_layer(rtn) -> None:
     assert "usable, priority 0" in shown
 
 
-def test_backends_explain_every_scheme_and_a_device_that_is_not_there() -> None:
+def test_backends_explain_every_scheme_and_a_device_that_is_not_there(ar) -> None:
     told = {k["layers"]: k for k in json.loads(ar("backends", "--explain", "--json").stdout)}
     assert {"W4A16", "MXFP4", "NVFP4", "FP8_STATIC", "INT8"} <= told.keys()
     assert "activations quantized before it" in told["MXFP4"]["why"]
     assert "not on cuda" in ar("backends", "--explain", "--device", "cuda").output
 
 
-def test_doctor_tells_versions_and_the_archiver() -> None:
+def test_doctor_tells_versions_and_the_archiver(ar) -> None:
     facts = json.loads(ar("doctor", "--json").stdout)
     assert facts["torch"]
     assert "archiver that `ar rcs` gets" in facts
@@ -313,7 +241,7 @@ def test_the_status_of_a_command_is_that_of_the_program(tmp_path) -> None:
         (["--no-clip-activations"], {"clip_activations": False}),
     ],
 )
-def test_algorithm_and_stage_reach_the_job(monkeypatch, tmp_path, typed, given) -> None:
+def test_algorithm_and_stage_reach_the_job(ar, monkeypatch, tmp_path, typed, given) -> None:
     seen = {}
 
     class Job:
@@ -348,7 +276,7 @@ def scores(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "ar" / "scores"
 
 
-def test_plan_chooses_and_shows_the_front(scores, tmp_path) -> None:
+def test_plan_chooses_and_shows_the_front(ar, scores, tmp_path) -> None:
     files = ("--save-plan", tmp_path / "plan.json", "--save-front", tmp_path / "front.json")
     done = ar("plan", DEMO, "--avg-bits", 3, *AUTO, *files)
     assert done.exit_code == 0, done.output
@@ -366,7 +294,7 @@ def test_plan_chooses_and_shows_the_front(scores, tmp_path) -> None:
     assert {r["name"]: r["scheme"] for r in again["layers"] if r["name"] in saved} == saved
 
 
-def test_quantize_meets_a_size(scores, tmp_path) -> None:
+def test_quantize_meets_a_size(ar, scores, tmp_path) -> None:
     source = sum(f.stat().st_size for f in DEMO.glob("*.safetensors"))
     target = f"{source * 0.6 / 1e6:.3f}MB"
     done = ar("quantize", DEMO, "--target-size", target, *AUTO, "--recipe", "rtn",
@@ -401,19 +329,19 @@ def test_a_mixed_precision_that_cannot_be_is_refused(typed, said, scores, capsys
     assert not scores.exists()
 
 
-def test_layers_can_be_told_not_to_share(scores) -> None:
+def test_layers_can_be_told_not_to_share(ar, scores) -> None:
     done = ar("plan", DEMO, "--avg-bits", 3, *AUTO, "--shared-layers", "none", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["choices"][0]["bits"] <= 3
 
 
-def test_the_demo_takes_one_scheme(tmp_path) -> None:
+def test_the_demo_takes_one_scheme(ar, tmp_path) -> None:
     done = ar("quantize", "--demo", "--avg-bits", 3, *AUTO, "-o", tmp_path / "out")
     assert done.exit_code == 2
     assert "--demo takes one --scheme" in done.output
 
 
-def test_models_lists_families_with_what_was_verified() -> None:
+def test_models_lists_families_with_what_was_verified(ar) -> None:
     done = ar("models", "--type", "llama")
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
@@ -426,7 +354,7 @@ def test_models_lists_families_with_what_was_verified() -> None:
     assert all(row["reason"] for row in rows.values() if not row["passes"])
 
 
-def test_models_says_what_would_happen_with_a_checkpoint(tmp_path) -> None:
+def test_models_says_what_would_happen_with_a_checkpoint(ar, tmp_path) -> None:
     told = ar("models", DEMO).output
     assert "verified with a tiny model" in told
     assert "layers to be quantized (W4A16): 28" in told

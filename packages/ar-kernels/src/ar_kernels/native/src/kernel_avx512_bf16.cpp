@@ -4,10 +4,10 @@
 // into weights and the scale meets the float32 sum of its group. A row of fp16 or fp32 is two or
 // three rows of bf16 that add up to it exactly; they share the decoding.
 //
-// For a row or two of bf16 (one of 2 and 3 bits is for digits.h), integers of up to 6 bits are read in
-// place: with the upper bits of 128.0
-// around it, a code at bit r of a lane is the number 128 + 2^r * code, one operation away. Inputs
-// are divided by 2^r beforehand, and what the 128 add is subtracted from the sum of each group.
+// For a row or two of bf16 (one of 2 and 3 bits is for digits.h), integers of up to 6 bits are read
+// in place: with the upper bits of 128.0 around it, a code at bit r of a lane is the number
+// 128 + 2^r * code, one operation away. Inputs are divided by 2^r beforehand, and what the 128 add is
+// subtracted from the sum of each group.
 //
 // For many rows, the weights of two blocks are decoded in registers for the rows of two tiles: the
 // lookups run beside the products, where a panel in memory would wait for them and be read again.
