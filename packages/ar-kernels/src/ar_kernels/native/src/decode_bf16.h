@@ -31,12 +31,24 @@ void tables(const Format& f, const uint8_t* blob, Tables* out) {
 
 AR_INLINE __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
+// The register of codes that holds a field which is not spread.
+constexpr int register_of(int bits, int field) { return bits == 8 ? field / 2 : place(bits, field).reg; }
+
+// The register of codes of field F, which stays that of the fields before where they share it.
+template <int BITS, int F, int BEGIN>
+AR_INLINE void next_line(const uint8_t* block, __m512i* line) {
+  constexpr bool is_first = F == BEGIN || register_of(BITS, F) != register_of(BITS, F - 1);
+  if constexpr (!is_spread(BITS, F) && is_first) {
+    *line = load(block + kRegister * register_of(BITS, F));
+    asm volatile("" : "+v"(*line));  // or compilers read memory for each field: loads are dear
+  }
+}
+
 // Lanes with a field of fewer than 8 bits at their bottom, anything above.
 template <int BITS, int F>
-AR_INLINE __m512i lanes(const uint8_t* block) {
-  constexpr Place at = place(BITS, F);
+AR_INLINE __m512i lanes(const uint8_t* block, __m512i line) {
   if constexpr (!is_spread(BITS, F)) {
-    return _mm512_srli_epi16(load(block + kRegister * at.reg), at.shift);
+    return _mm512_srli_epi16(line, place(BITS, F).shift);
   } else if constexpr (BITS == 6) {
     constexpr int i = F - whole_fields(6);
     const __m512i low = _mm512_srli_epi16(load(block + kRegister * i), 12);
@@ -56,18 +68,24 @@ AR_INLINE __m512i lanes(const uint8_t* block) {
 
 // The weights of a field: pairs of inputs for 16 features.
 template <int BITS, int F>
-AR_INLINE __m512bh weights(const uint8_t* block, const Tables& t) {
+AR_INLINE __m512bh weights(const uint8_t* block, __m512i line, const Tables& t) {
   if constexpr (BITS <= 5) {
-    return __m512bh(_mm512_permutexvar_epi16(lanes<BITS, F>(block), t.t[0]));
+    return __m512bh(_mm512_permutexvar_epi16(lanes<BITS, F>(block, line), t.t[0]));
   } else if constexpr (BITS == 6) {
-    return __m512bh(_mm512_permutex2var_epi16(t.t[0], lanes<BITS, F>(block), t.t[1]));
+    return __m512bh(_mm512_permutex2var_epi16(t.t[0], lanes<BITS, F>(block, line), t.t[1]));
   } else {
-    const __m512i codes = load(block + kRegister * (F / 2));
-    const __m512i low = _mm512_permutex2var_epi8(t.t[0], codes, t.t[1]);
-    __m512i high = _mm512_permutex2var_epi8(t.t[2], codes, t.t[3]);
-    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(char(0x80)), 0xf8);
+    const __m512i low = _mm512_permutex2var_epi8(t.t[0], line, t.t[1]);
+    __m512i high = _mm512_permutex2var_epi8(t.t[2], line, t.t[3]);
+    high = _mm512_ternarylogic_epi32(high, line, _mm512_set1_epi8(char(0x80)), 0xf8);
     return __m512bh(F & 1 ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high));
   }
+}
+
+template <int BITS, int F>
+AR_INLINE __m512bh weights(const uint8_t* block, const Tables& t) {
+  __m512i line = _mm512_setzero_si512();
+  if constexpr (!is_spread(BITS, F)) line = load(block + kRegister * register_of(BITS, F));
+  return weights<BITS, F>(block, line, t);
 }
 
 // How far a field's lanes are shifted before its code is read in place, and the bit where it then
@@ -83,11 +101,10 @@ constexpr int in_place_bit(int bits, int field) {
 }
 
 template <int BITS, int F>
-AR_INLINE __m512bh in_place(const uint8_t* block) {
+AR_INLINE __m512bh in_place(const uint8_t* block, __m512i line) {
   constexpr int shift = in_place_shift(BITS, F), bit = in_place_bit(BITS, F);
-  __m512i v;
-  if constexpr (is_spread(BITS, F)) v = lanes<BITS, F>(block);
-  else v = load(block + kRegister * place(BITS, F).reg);
+  __m512i v = line;
+  if constexpr (is_spread(BITS, F)) v = lanes<BITS, F>(block, line);
   if constexpr (shift > 0) v = _mm512_srli_epi16(v, shift);
   const __m512i mask = _mm512_set1_epi16(short(((1 << BITS) - 1) << bit));
   return __m512bh(_mm512_ternarylogic_epi32(v, mask, _mm512_set1_epi16(0x4300), 0xea));

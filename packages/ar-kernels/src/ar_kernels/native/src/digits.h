@@ -117,23 +117,28 @@ void prepare_digits(const Job& job) {
   });
 }
 
-// The bytes of quad Q of a block of codes.
+// The register of codes that is read for the first time at quad Q, or -1.
+constexpr int register_at(int bits, int quad) {
+  const int per = bits == 2 ? 4 : 2;
+  return quad % per == 0 && quad / per < bits ? quad / per : -1;
+}
+
+// The bytes of quad Q, out of a block's registers of codes.
 template <class D, int BITS, int Q>
-AR_INLINE typename D::I bytes(const uint8_t* block) {
-  const auto reg = [&](int r) AR_FORCED { return D::load(block + kRegister * r); };
+AR_INLINE typename D::I bytes(const typename D::I (&reg)[BITS]) {
   if constexpr (BITS == 4) {
-    return D::keep(D::template right<4 * (Q % 2)>(reg(Q / 2)), 0x0f0f);
+    return D::keep(D::template right<4 * (Q % 2)>(reg[Q / 2]), 0x0f0f);
   } else if constexpr (BITS == 2) {
-    return D::keep(D::template right<2 * (Q % 4)>(reg(Q / 4)), 0x0303);
+    return D::keep(D::template right<2 * (Q % 4)>(reg[Q / 4]), 0x0303);
   } else if constexpr (Q < 6) {
-    return D::keep(D::template right<3 * (Q % 2)>(reg(Q / 2)), 0x0e07);
+    return D::keep(D::template right<3 * (Q % 2)>(reg[Q / 2]), 0x0e07);
   } else if constexpr (Q == 6) {
-    return D::with(D::keep(D::template right<6>(reg(0)), 7), D::template left<2>(reg(1)), 0x0700);
+    return D::with(D::keep(D::template right<6>(reg[0]), 7), D::template left<2>(reg[1]), 0x0700);
   } else {
-    auto out = D::keep(D::template right<6>(reg(2)), 7);
-    out = D::with(out, D::template right<7>(reg(0)), 0x0100);
-    out = D::with(out, D::template right<6>(reg(1)), 0x0200);
-    return D::with(out, D::template right<5>(reg(2)), 0x0400);
+    auto out = D::keep(D::template right<6>(reg[2]), 7);
+    out = D::with(out, D::template right<7>(reg[0]), 0x0100);
+    out = D::with(out, D::template right<6>(reg[1]), 0x0200);
+    return D::with(out, D::template right<5>(reg[2]), 0x0400);
   }
 }
 
@@ -148,14 +153,17 @@ AR_INLINE void add_segment(const Job& job, const Record& rec, const Segment& s, 
   for (int64_t b = s.unit / 2; b < (s.unit + s.units) / 2; ++b) {
     const uint8_t* codes = block_of(rec, s, 2 * b);
     const uint8_t* digits = static_cast<const uint8_t*>(job.packed) + 2 * kDepth * b;
+    typename D::I reg[kVectors][BITS];
     unrolled<0, kQuads>([&](auto quad) AR_FORCED {
       constexpr int Q = decltype(quad)::value;
       const auto high = D::quad(digits + 4 * Q), low = D::quad(digits + kDepth + 4 * Q);
       unrolled<0, kVectors>([&](auto vector) AR_FORCED {
         constexpr int v = decltype(vector)::value, c = C + v / kPer;
         if constexpr (v % kPer == 0) fetch<BITS, 4 * kQuads, 4 * Q + c>(codes);
-        const uint8_t* block = codes + c * 64 + v % kPer * V::N * 4;
-        acc[v].add(bytes<D, BITS, Q>(block), high, low);
+        constexpr int R = register_at(BITS, Q);
+        if constexpr (R >= 0)
+          reg[v][R] = D::load(codes + kRegister * R + c * 64 + v % kPer * V::N * 4);
+        acc[v].add(bytes<D, BITS, Q>(reg[v]), high, low);
       });
     });
     for (auto& one : acc) one.close();

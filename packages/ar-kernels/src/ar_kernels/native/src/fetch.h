@@ -10,7 +10,7 @@
 namespace ar {
 namespace {
 
-constexpr int kFar = 16384, kNear = 4096;  // bytes
+constexpr int kFar = 24576, kNear = 12288;  // bytes
 constexpr int kFarOfFloats = 10240, kNearOfFloats = 4096;  // where lines need little decoding
 
 // The line of a strip's block of codes to ask for at one of so many steps, or -1.

@@ -24,7 +24,11 @@ struct Vnni {
     }
   };
 
-  static AR_INLINE I load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static AR_INLINE I load(const uint8_t* p) {
+    I v = _mm512_loadu_si512(p);
+    asm volatile("" : "+v"(v));  // or compilers read memory for each use: loads are dear
+    return v;
+  }
   static AR_INLINE I keep(I v, int mask) {
     return _mm512_and_si512(v, _mm512_set1_epi16(short(mask)));
   }

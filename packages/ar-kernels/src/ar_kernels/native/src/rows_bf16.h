@@ -15,12 +15,14 @@ constexpr int kFetches = 64;         // of a block: a field and 16 features
 template <int BITS, int ROWS, int SETS, bool IN_PLACE, int BEGIN>
 AR_INLINE void add_half(const uint8_t* block, const uint32_t* x, const Tables& t,
                         __m512 (&acc)[SETS][ROWS][4]) {
+  __m512i line[4];
   const auto step = [&](auto f, auto c) AR_FORCED {
     constexpr int F = decltype(f)::value, C = decltype(c)::value;
     fetch<BITS, kFetches, 4 * F + C>(block);
+    next_line<BITS, F, BEGIN>(block + C * 64, line + C);
     __m512bh w;
-    if constexpr (IN_PLACE) w = in_place<BITS, F>(block + C * 64);
-    else w = weights<BITS, F>(block + C * 64, t);
+    if constexpr (IN_PLACE) w = in_place<BITS, F>(block + C * 64, line[C]);
+    else w = weights<BITS, F>(block + C * 64, line[C], t);
     for (int m = 0; m < ROWS; ++m)
       acc[F % SETS][m][C] = dot(acc[F % SETS][m][C], w, x[F * ROWS + m]);
   };
