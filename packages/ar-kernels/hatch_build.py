@@ -32,10 +32,17 @@ class NativeBuildHook(BuildHookInterface):
                 raise
             self.app.display_warning(f"ar-kernels without its CPU kernels: {error}")
             return
+        made = [library]
+        try:
+            made.append(build.build_quick_call())
+        except build.BuildError as error:
+            if wish == "require":
+                raise
+            self.app.display_warning(f"ar-kernels calls its CPU kernels through ctypes: {error}")
         system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{os.environ.get('AR_NATIVE_PLATFORM', system)}"
-        build_data["artifacts"].append(str(library.relative_to(self.root)))
+        build_data["artifacts"] += [str(file.relative_to(self.root)) for file in made]
 
 
 def _build_module(root: Path) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -14,14 +16,16 @@ from ar_kernels import KernelError, QuantLinear, data_type, ops
 from ar_kernels import backend as get_backend
 from ar_kernels.backends import Need
 from ar_kernels.backends.reference import encode_meta
-from ar_kernels.native import library
-from ar_kernels.native.bound import Bound
+from ar_kernels.native import bound as binding
+from ar_kernels.native import build, library
+from ar_kernels.native.bound import NOT_FOR_US, Bound
 from ar_kernels.numerics.activation import fake_quant_activation
 from ar_schemes import Granularity, Span, TensorSpec, scheme
 
 pytestmark = pytest.mark.skipif(
     library.missing() is not None, reason="the native library is not built"
 )
+EXCHANGE = "__dlpack_c_exchange_api__"
 SPEC = TensorSpec(bits=4, granularity=Granularity(Span.GROUP, (32,)))
 
 
@@ -45,8 +49,39 @@ def both(layer: QuantLinear, x: torch.Tensor) -> tuple[torch.Tensor | None, torc
     return quick, out
 
 
+@pytest.fixture(params=["quick_call", "ctypes_call"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Have products called one way."""
+    if request.param == "ctypes_call":
+        monkeypatch.setattr(binding, "quick_call", lambda *_: None)
+    elif not build.QUICK_CALL.is_file() or not hasattr(torch.Tensor, EXCHANGE):
+        pytest.skip("no module that calls without ctypes")
+    return str(request.param)
+
+
+def test_the_module_is_used_where_it_is() -> None:
+    made = layer_of()._bound
+    assert isinstance(made, Bound)
+    usable = build.QUICK_CALL.is_file() and hasattr(torch.Tensor, EXCHANGE)
+    assert isinstance(made._call, types.BuiltinFunctionType) == usable
+
+
+def test_without_the_module_or_torchs_part_ctypes_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{binding.__package__}._quick_call"
+    given, shape = library.Bound(), (96, 64)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, name, None)
+        assert binding.quick_call(given, shape) is None
+    if not build.QUICK_CALL.is_file():
+        return
+    for other in (None, object(), 5):
+        monkeypatch.setattr(torch.Tensor, EXCHANGE, other, raising=False)
+        assert binding.quick_call(given, shape) is None
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", list(library.DTYPES), ids=str)
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 1, 64), (3, 2, 5, 64), (0, 64)])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 1, 64), (3, 2, 5, 64), (0, 64), (2, 0, 64)])
 def test_it_is_the_same_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     layer = layer_of(dtype=dtype)
     x = torch.randn(shape).to(dtype)
@@ -57,6 +92,44 @@ def test_it_is_the_same_product(shape: tuple[int, ...], dtype: torch.dtype) -> N
     assert torch.equal(layer(x), out)
 
 
+@pytest.mark.usefixtures("way")
+def test_views_are_read_where_they_lie() -> None:
+    layer = layer_of()
+    wide = torch.randn(4, 3, 128).bfloat16()
+    for x in (wide[2, 1, 32:96], wide[1:3].view(-1, 64)[5:], wide[1:2, 2:3, 64:], wide[3:, 1, :64]):
+        quick, out = both(layer, x)
+        assert quick is not None
+        assert torch.equal(quick, out)
+        assert torch.equal(quick, layer(x.clone()))
+
+
+def test_a_call_checks_what_it_is_given(way: str) -> None:
+    made = layer_of()._bound
+    assert isinstance(made, Bound)
+    x, y = torch.randn(4, 64).bfloat16(), torch.zeros(4, 96).bfloat16()
+    gaps = torch.randn(64, 4).bfloat16().t()
+    others = [(gaps, y), (x[:, :32], y), (x.view(8, 32), y), (x.new_empty(()), y)]
+    if way == "quick_call":
+        others += [(x.float(), y), (x.half(), y), (x.view(torch.int16), y), (x, y.float())]
+        others += [
+            (x, y[:3]),
+            (x, y[:, :64]),
+            (x, y.t()),
+            (x, torch.zeros(4, 192).bfloat16()[:, ::2]),
+        ]
+        for wrong in ((), (x,), (x, y, y)):
+            with pytest.raises(TypeError, match="two tensors"):
+                made._call(*wrong)
+        with pytest.raises(RuntimeError):
+            made._call(x, None)  # type: ignore[arg-type]
+    for given in others:
+        assert made._call(*given) == NOT_FOR_US
+    assert not y.any()
+    assert made._call(x, y) == 0
+    assert y.any()
+
+
+@pytest.mark.usefixtures("way")
 def test_what_is_not_for_it_goes_the_usual_way() -> None:
     layer = layer_of()
     plain = torch.randn(4, 64).bfloat16()

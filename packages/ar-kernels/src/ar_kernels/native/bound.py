@@ -1,13 +1,16 @@
-"""The product with one packed weight, prepared: a call of few rows costs half as much Python.
+"""The product with one packed weight, prepared: a call of few rows costs little Python.
 
 That counts for more than it takes by itself: while weights stream through the caches, whatever
-Python touches for a call comes from memory too.
+Python touches for a call comes from memory too. So the call goes through a module of ours in C
+where it was built and torch has DLPack's C exchange API, and through ctypes elsewhere.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,10 @@ from ar_kernels.native.product import expands_from, isa_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+Call = Callable[[Tensor, Tensor], int]
+"""call(x, y) writes the product of x to y: returns a status of the library, or `NOT_FOR_US`."""
+NOT_FOR_US = -1
 
 
 class Bound:
@@ -35,13 +42,12 @@ class Bound:
         """
         isa = isa_for(meta, dtype)
         self._name, self._blob, self._dtype = name, blob, dtype
-        self._rows, self._columns = meta[ROWS], meta[COLUMNS]
-        self._under = self._columns * expands_from(isa, dtype)
+        self._rows, self._under = meta[ROWS], meta[COLUMNS] * expands_from(isa, dtype)
         runtime, weight = lib.runtime(isa), lib.weight(blob, meta)
         given = lib.Bound(ctypes.addressof(runtime), ctypes.addressof(weight), lib.DTYPES[dtype])
         self._kept = runtime, weight, given  # what pointers point to
-        self._address = ctypes.addressof(given)
-        self._multiply = lib.library().ar_multiply_bound
+        shape = meta[ROWS], meta[COLUMNS]
+        self._call = quick_call(given, shape) or ctypes_call(given, shape)
 
     def __call__(self, x: Tensor, buffers: Mapping[str, Tensor | None]) -> Tensor | None:
         """Return x [..., I] times the weight transposed: [..., O]; None: not for us."""
@@ -50,14 +56,15 @@ class Bound:
             or x.dtype is not self._dtype
             or buffers.get(self._name) is not self._blob
             or (x.requires_grad and torch.is_grad_enabled())
+            or x.numel() >= self._under
         ):
             return None
-        *outer, columns = x.shape
-        count = x.numel()
-        if columns != self._columns or count >= self._under or not x.is_contiguous():
-            return None
-        out = x.new_empty(*outer, self._rows)
-        lib.check(self._multiply(self._address, x.data_ptr(), count // columns, out.data_ptr()))
+        out = x.new_empty((*x.shape[:-1], self._rows))
+        status = self._call(x, out)
+        if status:
+            if status == NOT_FOR_US:
+                return None
+            lib.check(status)
         return out
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
@@ -66,3 +73,31 @@ class Bound:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Pickle as None."""
         return type(None), ()
+
+
+def quick_call(bound: lib.Bound, shape: tuple[int, int]) -> Call | None:
+    """Return the call by our module in C, or None where it or torch's part of it is missing."""
+    try:
+        module: Any = importlib.import_module("ar_kernels.native._quick_call")
+    except ImportError:
+        return None
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    multiply = ctypes.cast(lib.library().ar_multiply_bound, ctypes.c_void_p).value
+    pointers = multiply, ctypes.addressof(bound)
+    made: Call | None = module.prepare(exchange, *pointers, bound.dtype, *shape)
+    return made
+
+
+def ctypes_call(bound: lib.Bound, shape: tuple[int, int]) -> Call:
+    """Return the call by ctypes."""
+    address, multiply = ctypes.addressof(bound), lib.library().ar_multiply_bound
+    rows, columns = shape
+
+    def call(x: Tensor, y: Tensor) -> int:
+        """Multiply, where x [..., columns] and y [..., rows] have no gaps."""
+        if not x.dim() or x.shape[-1] != columns or not x.is_contiguous():
+            return NOT_FOR_US
+        status: int = multiply(address, x.data_ptr(), x.numel() // columns, y.data_ptr())
+        return status
+
+    return call

@@ -1,8 +1,10 @@
 """Build the shared library of our CPU kernels: `python -m ar_kernels.native.build`.
 
 Needs a C++17 compiler (`CXX`, g++, clang++ or c++) and nothing else: the library uses the C
-library alone, so it serves every version of Python and torch. The package's own build runs the same
-functions, which is why this module imports the standard library only.
+library alone, so it serves every version of Python and torch. Where Python's headers are there too,
+a small module beside it calls the library without ctypes, from any CPython of version 3.10 or
+later. The package's own build runs the same functions, which is why this module imports the
+standard library only.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 SOURCES = HERE / "src"
 LIBRARY = HERE / "libar_native.so"
+QUICK_CALL = HERE / "_quick_call.abi3.so"
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _EXACT = ("-ffp-contract=off",)
@@ -73,6 +77,14 @@ def compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
+def _command() -> str:
+    found = compiler()
+    if found is None:
+        msg = "no C++ compiler: set CXX, or install g++ or clang++"
+        raise BuildError(msg)
+    return found
+
+
 def units() -> dict[str, tuple[str, ...]]:
     """Return the sources for this processor's family, with their flags."""
     if platform.machine().lower() in ("x86_64", "amd64"):
@@ -94,10 +106,7 @@ def build(output: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
     Raises:
         BuildError: there is no compiler, or it fails; with what it said.
     """
-    command = compiler()
-    if command is None:
-        msg = "no C++ compiler: set CXX, or install g++ or clang++"
-        raise BuildError(msg)
+    command = _command()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         objects = compile_units(command, Path(folder), extra)
@@ -105,6 +114,30 @@ def build(output: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
         # the standard library of C++ is not used, so the linker leaves it out
         link = () if sys.platform == "darwin" else ("-Wl,--as-needed", "-Wl,--no-undefined")
         _run([command, "-shared", *extra, "-o", str(made), *map(str, objects), *link])
+        made.replace(output)
+    return output
+
+
+def build_quick_call(output: Path = QUICK_CALL) -> Path:
+    """Compile the module that calls the library without ctypes, and return where it is.
+
+    Args:
+        output: file to make; replaced in one step.
+
+    Raises:
+        BuildError: there is no compiler, or it fails; or Python's headers are missing.
+    """
+    command, headers = _command(), Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        msg = f"no {headers / 'Python.h'}: install the headers of Python"
+        raise BuildError(msg)
+    # what the module calls of Python is found in the process that loads it
+    link = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-Wl,--as-needed",)
+    source = SOURCES / "quick_call.cpp"
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        made = Path(folder) / output.name
+        flags = (*FLAGS, f"-I{headers}", "-shared")
+        _run([command, *flags, str(source), "-o", str(made), *link])
         made.replace(output)
     return output
 
@@ -156,6 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     sys.stdout.write(f"{made}\n")
+    if made == LIBRARY:
+        try:
+            sys.stdout.write(f"{build_quick_call()}\n")
+        except BuildError as error:
+            sys.stderr.write(f"calls go through ctypes, which takes longer: {error}\n")
     return 0
 
 
