@@ -40,7 +40,7 @@ AR_INLINE void next_line(const uint8_t* block, __m512i* line) {
   constexpr bool is_first = F == BEGIN || register_of(BITS, F) != register_of(BITS, F - 1);
   if constexpr (!is_spread(BITS, F) && is_first) {
     *line = load(block + kRegister * register_of(BITS, F));
-    asm volatile("" : "+v"(*line));  // or compilers read memory for each field: loads are dear
+    V512::pin(line);
   }
 }
 

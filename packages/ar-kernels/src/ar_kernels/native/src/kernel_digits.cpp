@@ -26,7 +26,7 @@ struct Vnni {
 
   static AR_INLINE I load(const uint8_t* p) {
     I v = _mm512_loadu_si512(p);
-    asm volatile("" : "+v"(v));  // or compilers read memory for each use: loads are dear
+    V::pin(&v);
     return v;
   }
   static AR_INLINE I keep(I v, int mask) {

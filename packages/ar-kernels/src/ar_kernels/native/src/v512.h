@@ -25,6 +25,14 @@ struct V512 {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+
+  // Keeps what was loaded in a register: compilers read memory at each use, and loads are dear.
+  static void pin(I* v) {
+#ifndef AR_EMULATED
+    asm volatile("" : "+v"(*v));
+#endif
+  }
+
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
 
   // 16 values of a type, as floats
