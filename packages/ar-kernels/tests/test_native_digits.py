@@ -1,7 +1,8 @@
-"""A row of bf16 times integers of up to 4 bits: inputs become whole numbers of two bytes."""
+"""A row of bf16 times integers, or values that are whole numbers: inputs become whole too."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,17 +25,22 @@ pytestmark = pytest.mark.skipif(
     isinstance(lib.load(), str), reason=f"not built: {lib.BUILD} builds it"
 )
 ROWS, SEGMENT = 80, 128
-GROUPS = {size: Granularity(Span.GROUP, (size,)) for size in (32, 96, 128, 256)}
-SPECS = tuple(
-    TensorSpec(bits=bits, granularity=granularity, symmetric=symmetric)
-    for bits in (2, 3, 4)
-    for granularity in (*GROUPS.values(), Granularity(Span.CHANNEL))
-    for symmetric in (True, False)
+GROUPS = {size: Granularity(Span.GROUP, (size,)) for size in (16, 32, 96, 128, 256)}
+SPECS = (
+    *(
+        TensorSpec(bits=bits, granularity=granularity, symmetric=symmetric)
+        for bits in (2, 3, 4, 8)
+        for granularity in (*GROUPS.values(), Granularity(Span.CHANNEL))
+        for symmetric in (True, False)
+    ),
+    *(TensorSpec(f"mx_{kind}", 4, GROUPS[32], scale_dtype="e8m0") for kind in ("fp", "int")),
+    TensorSpec("nv_fp", 4, GROUPS[16], scale_dtype="float8_e4m3fn"),
+    TensorSpec("nvfp4_v2", 4, GROUPS[16], scale_dtype="ue5m3"),
 )
 CASES = tuple(
     (spec, columns)
     for spec in SPECS
-    for columns in (768, 800)
+    for columns in (768, 784, 800)
     if spec.granularity.span is Span.CHANNEL or columns % spec.granularity.size[0] == 0
 )
 
@@ -57,14 +63,18 @@ def allowed(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """
     spec = weight.spec
     size = spec.granularity.size[0] if spec.granularity.span is Span.GROUP else x.shape[-1]
-    scale = weight.scale.double().abs().expand(ROWS, -1)
-    most = 2.0**spec.bits * scale.repeat_interleave(-(-x.shape[-1] // scale.shape[-1]), 1)
+    half = 2 ** (spec.bits - 1)
+    ends = [
+        replace(weight, codes=torch.full_like(weight.codes, code)).dequantize(torch.float64).abs()
+        for code in (0, half - 1, half, 2 * half - 1)  # one of which stands for the largest value
+    ]
+    most = 2 * torch.stack(ends).amax(0)
     off = torch.zeros(x.shape[-1], dtype=torch.float64)
     for group in range(0, x.shape[-1], size):
         for begin in range(group, min(group + size, x.shape[-1]), SEGMENT):
             end = min(begin + SEGMENT, group + size, x.shape[-1])
             off[begin:end] = x[0, begin:end].double().abs().max()
-    return most[:, : x.shape[-1]] @ off * 2.0 ** (-14 if spec.bits == 3 else -15)
+    return most @ off * 2.0 ** (-14 if spec.bits == 3 else -15)
 
 
 @pytest.mark.parametrize(("spec", "columns"), CASES, ids=str)

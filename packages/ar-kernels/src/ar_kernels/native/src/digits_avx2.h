@@ -10,26 +10,34 @@ namespace {
 struct Pairs {
   using V = V256;
   using I = __m256i;
-  static constexpr int kBlocks = 1;  // that are multiplied together: 16 registers hold no more
+  using Total = I;
+  static constexpr int kTogether = 2;  // vectors of features: 16 registers hold no more
 
   // Eight products of a code (at most 15, or 14 and 7) and a byte fit in 16 bits, twice over.
   struct Sums {
-    I high, low, short_high, short_low;
-    void clear() { high = low = short_high = short_low = _mm256_setzero_si256(); }
+    I high, low;
+    void begin(const Total&) { high = low = _mm256_setzero_si256(); }
     AR_INLINE void add(I codes, I x_high, I x_low) {
-      short_high = _mm256_add_epi16(short_high, _mm256_maddubs_epi16(codes, x_high));
-      short_low = _mm256_add_epi16(short_low, _mm256_maddubs_epi16(codes, x_low));
+      high = _mm256_add_epi16(high, _mm256_maddubs_epi16(codes, x_high));
+      low = _mm256_add_epi16(low, _mm256_maddubs_epi16(codes, x_low));
+      V::pin(&high);  // or compilers add at the end, and what waits goes to memory
+      V::pin(&low);
     }
-    AR_INLINE void close() {
-      const I ones = _mm256_set1_epi16(1);
-      high = _mm256_add_epi32(high, _mm256_madd_epi16(short_high, ones));
-      low = _mm256_add_epi32(low, _mm256_madd_epi16(short_low, ones));
-      short_high = short_low = _mm256_setzero_si256();
-    }
-    AR_INLINE V::F total() const {
-      return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(high, 8), low));
+    AR_INLINE void close(Total* total) {
+      const I sum = _mm256_add_epi32(_mm256_madd_epi16(high, _mm256_set1_epi16(256)),
+                                     _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+      *total = _mm256_add_epi32(*total, sum);
+      high = low = _mm256_setzero_si256();
     }
   };
+  static void clear(Total* total) { *total = _mm256_setzero_si256(); }
+  static AR_INLINE V::F floats(const Total& total) { return _mm256_cvtepi32_ps(total); }
+
+  static AR_INLINE I table(const uint8_t* sixteen) {
+    const __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen));
+    return _mm256_broadcastsi128_si256(one);
+  }
+  static AR_INLINE I look_up(I table, I codes) { return _mm256_shuffle_epi8(table, codes); }
 
   static AR_INLINE I load(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const I*>(p));

@@ -13,10 +13,10 @@ namespace {
 constexpr int kFar = 24576, kNear = 12288;  // bytes
 constexpr int kFarOfFloats = 10240, kNearOfFloats = 4096;  // where lines need little decoding
 
-// The line of a strip's block of codes to ask for at one of so many steps, or -1.
-constexpr int line_at(int bits, int steps, int step) {
-  const int line = step * 4 * bits / steps;
-  return line != (step + 1) * 4 * bits / steps ? line : -1;
+// The line to ask for at one of so many steps, or -1.
+constexpr int line_at(int lines, int steps, int step) {
+  const int line = step * lines / steps;
+  return line != (step + 1) * lines / steps ? line : -1;
 }
 
 // in assembly: compilers move their own prefetches to the front of what is unrolled
@@ -29,10 +29,16 @@ AR_INLINE void fetch_line(const void* at) {
 
 AR_INLINE void fetch_floats(const void* at) { fetch_line<kFarOfFloats, kNearOfFloats>(at); }
 
+// Asks for one of so many lines at one of so many steps, where it is due.
+template <int LINES, int STEPS, int STEP>
+AR_INLINE void fetch_one(const uint8_t* codes) {
+  constexpr int line = line_at(LINES, STEPS, STEP);
+  if constexpr (line >= 0) fetch_line<kFar, kNear>(codes + 64 * line);
+}
+
 template <int BITS, int STEPS, int STEP>
 AR_INLINE void fetch(const uint8_t* codes) {
-  constexpr int line = line_at(BITS, STEPS, STEP);
-  if constexpr (line >= 0) fetch_line<kFar, kNear>(codes + 64 * line);
+  fetch_one<4 * BITS, STEPS, STEP>(codes);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Products in float32 by AVX2.
 #include "v256.h"
 
+#include "bytes_avx2.h"
 #include "compact_avx2.h"
 #include "digits_avx2.h"
 #include "kernel_simd.h"
@@ -15,9 +16,15 @@ static constexpr Steps kSteps = {widen<V256>,  float_product<V256, Dots<V256>>, 
                                  &kCompact};
 
 extern const ByDigits kDigitsAvx2 = {prepare_digits<Pairs>, multiply_digits<Pairs>};
+static constexpr ByDigits kWords = {prepare_digits<Words, 8>, multiply_integers};
 
-extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},    4, 0, 4, &kDigitsAvx2,
-                              prepare<V256>,  multiply<V256>, expand<V256>, read_all<V256>,
+static void multiply_avx2(const Job& job, int64_t begin, int64_t end) {
+  if (job.rows == 1 && job.format.kind == kE4M3) return multiply_e4m3(job, begin, end);
+  multiply<V256>(job, begin, end);
+}
+
+extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},     4, 0, 4, &kDigitsAvx2, &kWords,
+                              prepare<V256>,  multiply_avx2, expand<V256>, read_all<V256>,
                               &kSteps};
 
 }  // namespace ar

@@ -9,21 +9,28 @@ namespace {
 struct Vnni {
   using V = V512;
   using I = __m512i;
-  static constexpr int kBlocks = 4;  // that are multiplied together
+  static constexpr int kTogether = 4;  // vectors of features
 
-  struct Sums {
+  struct Total {
     I high, low;
-    void clear() { high = low = _mm512_setzero_si512(); }
+  };
+  struct Sums : Total {
+    void begin(const Total& total) { Total::operator=(total); }
     AR_INLINE void add(I codes, I x_high, I x_low) {
       high = _mm512_dpbusd_epi32(high, codes, x_high);
       low = _mm512_dpbusd_epi32(low, codes, x_low);
     }
-    AR_INLINE void close() {}
-    AR_INLINE V::F total() const {
-      return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
-    }
+    AR_INLINE void close(Total* total) { *total = *this; }
   };
+  static void clear(Total* total) { total->high = total->low = _mm512_setzero_si512(); }
+  static AR_INLINE V::F floats(const Total& total) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(total.high, 8), total.low));
+  }
 
+  static AR_INLINE I table(const uint8_t* sixteen) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)));
+  }
+  static AR_INLINE I look_up(I table, I codes) { return _mm512_shuffle_epi8(table, codes); }
   static AR_INLINE I load(const uint8_t* p) {
     I v = _mm512_loadu_si512(p);
     V::pin(&v);

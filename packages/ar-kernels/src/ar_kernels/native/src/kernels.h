@@ -122,6 +122,7 @@ struct Kernels {
   int in_place_rows; // most rows for which narrow integers are read in place (see Job::bases)
   int digit_bits;    // most bits of integers that a row of bf16 is multiplied by in whole numbers
   const ByDigits* digits;
+  const ByDigits* words;  // the same for 8 bits, or null
   void (*prepare)(const Job&, int64_t tile_begin, int64_t tile_end);
   void (*multiply)(const Job&, int64_t strip_begin, int64_t strip_end);
   // Writes features [strip_begin * 64, ...) to y as rows of `y_stride` values of type `dtype`,

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "runtime.h"
+#include "whole.h"
 
 namespace ar {
 namespace {
@@ -56,12 +57,23 @@ struct Inputs {
   int64_t all() const { return ceil_div(packed + sums + bases + digits, 64) * 64; }
 };
 
+// Tells whether a product's inputs become whole numbers (digits.h).
+inline bool in_digits(const Kernels& k, const Job& job) {
+  const Format& f = job.format;
+  if (job.rows != 1 || job.dtype != kBF16) return false;
+  if (f.bits == 8) return f.kind == kInteger && k.words;
+  if (f.bits > k.digit_bits || (f.group == kUnit && f.bits != 4)) return false;
+  if (f.kind == kInteger) return true;
+  return f.bits == 4 && whole_of(reinterpret_cast<const float*>(job.blob)).unit != 0;
+}
+
 inline Inputs inputs_of(const Kernels& k, const Job& job) {
   const Format& f = job.format;
   const int64_t virtual_rows = job.rows * job.pieces, tiles = ceil_div(virtual_rows, kTile);
-  if (job.rows == 1 && job.dtype == kBF16 && f.kind == kInteger && f.bits <= k.digit_bits &&
-      f.group != kUnit)
-    return Inputs{f.blocks * 64, 0, 0, f.blocks * int64_t(sizeof(Digits))};
+  if (in_digits(k, job)) {
+    const int64_t segments = f.group == kUnit ? 2 * f.blocks : f.blocks;
+    return Inputs{f.blocks * 64, 0, 0, segments * int64_t(sizeof(Digits))};
+  }
   const bool needs_sums = f.zero || zero_bias(f, job.blob) != 0;
   const bool in_place = f.kind == kInteger && f.bits <= 6 && f.groups && job.pieces == 1 &&
                         virtual_rows <= k.in_place_rows;
@@ -79,8 +91,12 @@ inline void place(const Inputs& inputs, uint8_t* memory, Job* job) {
       inputs.bases ? reinterpret_cast<float*>(memory + inputs.packed + inputs.sums) : nullptr;
 }
 
+inline const ByDigits& digits_of(const Kernels& k, const Job& job) {
+  return job.format.bits == 8 ? *k.words : *k.digits;
+}
+
 inline void prepare_tiles(const Kernels& k, const Job& job, int64_t begin, int64_t end) {
-  if (job.digits) k.digits->prepare(job);
+  if (job.digits) digits_of(k, job).prepare(job);
   else k.prepare(job, begin, end);
 }
 
@@ -90,7 +106,7 @@ inline void fetch_first(const Job& job, int64_t strip) {
 }
 
 inline void multiply_strips(const Kernels& k, const Job& job, int64_t begin, int64_t end) {
-  if (job.digits) k.digits->multiply(job, begin, end);
+  if (job.digits) digits_of(k, job).multiply(job, begin, end);
   else k.multiply(job, begin, end);
 }
 

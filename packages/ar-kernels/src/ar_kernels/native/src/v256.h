@@ -25,6 +25,9 @@ struct V256 {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 
+  // Has a value there, as it is, when the code says so: compilers order sums as they like.
+  static void pin(I* v) { asm volatile("" : "+x"(*v)); }
+
   static float sum(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -51,12 +54,13 @@ struct V256 {
     if (kind == kScaleF32) return read(p, kF32, 0);
     if (kind == kScaleBF16) return read(p, kBF16, 0);
     if (kind == kScaleNone) return set(1.0f);
+    if (kind == kScaleE4M3) return e4m3(p);
     const I v = bytes(p);
     if (kind == kScaleE8M0) {
       const I bits = _mm256_max_epi32(_mm256_slli_epi32(v, 23), _mm256_set1_epi32(0x400000));
       return _mm256_castsi256_ps(bits);
     }
-    return kind == kScaleE4M3 ? small<7>(v) : small<15>(v);
+    return small<15>(v);
   }
 
   static F bytes_as_floats(const uint8_t* p) { return _mm256_cvtepi32_ps(bytes(p)); }
@@ -120,6 +124,12 @@ struct V256 {
 
   static I bytes(const uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+
+  // Non-negative ones: fp16 has the same values times 2^-8.
+  static F e4m3(const uint8_t* p) {
+    const __m128i words = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return mul(_mm256_cvtph_ps(_mm_slli_epi16(words, 7)), set(256.0f));
   }
 
   template <int BIAS>

@@ -1,0 +1,154 @@
+// Products of one row with codes of 8 bits by AVX2: bf16 with integers, in whole numbers (see
+// digits.h), and floats with E4M3.
+//
+// Codes lie as bytes, 16 for four features: two neighbouring inputs of each, then the two behind
+// them. Unpacked to words, 32 bytes become 8 features times two inputs, twice.
+#pragma once
+#include "v256.h"
+
+#include "digits_avx2.h"
+#include "kernel_f32.h"
+
+namespace ar {
+namespace {
+
+constexpr int kTogether = 2;  // vectors of 8 features: a line of codes
+constexpr int kPasses = kStrip / 8 / kTogether;
+constexpr int kRegisters = 8;  // of a block's codes
+
+// Calls fn(pass, Int<register>, Int<vector>, codes) for registers [BEGIN, END) of a segment's blocks,
+// in the order of memory, with begin(block, pass) and end(pass) around the calls of a pass.
+template <int BEGIN, int END, class Begin, class Fn, class Finish>
+AR_INLINE void each_vector(const Record& rec, const Segment& s, Begin&& begin, Fn&& fn,
+                           Finish&& finish) {
+  constexpr int kLines = END - BEGIN;
+  for (int64_t b = s.unit / 2; b < (s.unit + s.units + 1) / 2; ++b) {
+    const uint8_t* codes = block_of(rec, s, 2 * b);
+    const uint8_t* lines = codes + kRegister * BEGIN;
+    for (int pass = 0; pass < kPasses; ++pass) {
+      begin(b, pass);
+      unrolled<BEGIN, END>([&](auto reg) AR_FORCED {
+        unrolled<0, kTogether>([&](auto vector) AR_FORCED {
+          constexpr int R = decltype(reg)::value, i = decltype(vector)::value;
+          fetch_one<kLines, kLines * kTogether, (R - BEGIN) * kTogether + i>(lines);
+          fn(reg, vector, V256::words(codes + kRegister * R, i));
+        });
+      });
+      finish(pass);
+      codes += 64;
+      lines += 64 * kLines;
+    }
+  }
+}
+
+// Inputs as words, in their order.
+struct Words {
+  static void split(const int16_t* number, const Order&, uint8_t* out) {
+    memcpy(out, number, 2 * kDepth);
+  }
+};
+
+template <int BEGIN, int END>
+AR_INLINE void add_integers(const Job& job, const Record& rec, const Segment& s, const Digits& x,
+                            float* sums) {
+  using I = __m256i;
+  I totals[kPasses * kTogether], acc[kTogether];
+  for (I& one : totals) one = _mm256_setzero_si256();
+  const uint8_t* numbers = nullptr;
+  const auto begin = [&](int64_t b, int pass) AR_FORCED {
+    numbers = static_cast<const uint8_t*>(job.packed) + 2 * kDepth * b;
+    asm("" : "+r"(numbers));  // read anew: there is no room to keep them
+    for (int i = 0; i < kTogether; ++i) acc[i] = totals[pass * kTogether + i];
+  };
+  const auto add = [&](auto reg, auto vector, I codes) AR_FORCED {
+    constexpr int R = decltype(reg)::value, i = decltype(vector)::value;
+    // a sign and how far from it: c for c >= 0, -1 - c below
+    const I negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), codes);
+    const I c = _mm256_xor_si256(codes, _mm256_and_si256(negative, _mm256_set1_epi8(0x7f)));
+    const I first = _mm256_unpacklo_epi8(c, negative), second = _mm256_unpackhi_epi8(c, negative);
+    const I one = Pairs::quad(numbers + 8 * R), two = Pairs::quad(numbers + 8 * R + 4);
+    acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(first, one));
+    acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(second, two));
+    V256::pin(&acc[i]);
+  };
+  each_vector<BEGIN, END>(rec, s, begin, add, [&](int pass) AR_FORCED {
+    for (int i = 0; i < kTogether; ++i) totals[pass * kTogether + i] = acc[i];
+  });
+  __m256 found[kPasses * kTogether];
+  for (int v = 0; v < kPasses * kTogether; ++v) found[v] = _mm256_cvtepi32_ps(totals[v]);
+  add_scaled<V256>(rec, s, x, Whole{1.0f, 0.5f}, found, sums);
+}
+
+template <int BEGIN, int END>
+AR_INLINE void add_e4m3(const Job& job, const Record& rec, const Segment& s, float* sums) {
+  using F = __m256;
+  using I = __m256i;
+  F totals[kPasses * kTogether][2], acc[kTogether][2];  // of four features, even and odd inputs
+  for (auto& pair : totals) pair[0] = pair[1] = V256::zero();
+  const float* x = nullptr;
+  const auto begin = [&](int64_t b, int pass) AR_FORCED {
+    x = static_cast<const float*>(job.packed) + kDepth * b;
+    asm("" : "+r"(x));  // read anew: there is no room to keep them
+    memcpy(acc, totals[pass * kTogether], sizeof(acc));
+  };
+  const auto add = [&](auto reg, auto vector, I codes) AR_FORCED {
+    constexpr int R = decltype(reg)::value, i = decltype(vector)::value;
+    const auto add_words = [&](I words, const float* pair) AR_FORCED {
+      // fp16 has the same values times 2^-8
+      const I half = _mm256_and_si256(_mm256_srai_epi16(words, 1), _mm256_set1_epi16(short(0xbfff)));
+      double both;
+      memcpy(&both, pair, sizeof(both));
+      const F inputs = _mm256_castpd_ps(_mm256_set1_pd(both));
+      acc[i][0] = V256::fma(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), inputs, acc[i][0]);
+      acc[i][1] = V256::fma(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), inputs, acc[i][1]);
+    };
+    const I zero = _mm256_setzero_si256();
+    add_words(_mm256_unpacklo_epi8(zero, codes), x + 4 * R);
+    add_words(_mm256_unpackhi_epi8(zero, codes), x + 4 * R + 2);
+  };
+  each_vector<BEGIN, END>(rec, s, begin, add, [&](int pass) AR_FORCED {
+    memcpy(totals[pass * kTogether], acc, sizeof(acc));
+  });
+  F found[1][kPasses * kTogether];
+  for (int v = 0; v < kPasses * kTogether; ++v) {
+    const __m256d both = _mm256_castps_pd(_mm256_hadd_ps(totals[v][0], totals[v][1]));
+    const F in_order = _mm256_castpd_ps(_mm256_permute4x64_pd(both, 0xd8));
+    found[0][v] = V256::mul(in_order, V256::set(256.0f));
+  }
+  flush<V256, 1, kPasses * kTogether>(rec, s.group, 0, group_sums(job, s, 0, 1), found, sums);
+}
+
+// Calls fn(Int<BEGIN>, Int<END>, record, segment, sums) for registers of all segments of strips.
+template <class Fn>
+AR_INLINE void by_registers(const Job& job, int64_t begin, int64_t end, Fn&& fn) {
+  for (int64_t strip = begin; strip < end; ++strip) {
+    alignas(64) float sums[kTile * kStrip];  // as many as `finish` may read
+    memset(sums, 0, kStrip * sizeof(float));
+    const Record rec = record(job, strip);
+    int64_t segment = 0;
+    segments(job.format, [&](const Segment& s) AR_FORCED {
+      if (s.units > 1) fn(Int<0>{}, Int<kRegisters>{}, rec, s, segment, sums);
+      else if (s.unit & 1) fn(Int<kRegisters / 2>{}, Int<kRegisters>{}, rec, s, segment, sums);
+      else fn(Int<0>{}, Int<kRegisters / 2>{}, rec, s, segment, sums);
+      ++segment;
+    });
+    finish<V256>(job, strip, 0, 1, sums);
+  }
+}
+
+void multiply_integers(const Job& job, int64_t begin, int64_t end) {
+  by_registers(job, begin, end, [&](auto from, auto to, const Record& rec, const Segment& s,
+                                    int64_t segment, float* sums) AR_FORCED {
+    add_integers<decltype(from)::value, decltype(to)::value>(job, rec, s, job.digits[segment], sums);
+  });
+}
+
+void multiply_e4m3(const Job& job, int64_t begin, int64_t end) {
+  by_registers(job, begin, end, [&](auto from, auto to, const Record& rec, const Segment& s, int64_t,
+                                    float* sums) AR_FORCED {
+    add_e4m3<decltype(from)::value, decltype(to)::value>(job, rec, s, sums);
+  });
+}
+
+}  // namespace
+}  // namespace ar
