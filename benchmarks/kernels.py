@@ -14,8 +14,8 @@ Implementations take turns in short rounds: whatever else the machine does meets
 `--peer-python` names an interpreter with `auto-round-lib`, which runs the same shapes in a process
 of its own right after each of ours. All processors are used.
 
-`--page` writes the tables between the markers of a page; `--json` keeps rows for later calls, so
-that shapes may be measured one at a time.
+`--page` writes the tables between a page's markers for the instruction set in use; `--json` keeps
+rows for later calls, so that shapes may be measured one at a time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
     from ar_kernels.backends.base import BoundProduct
 
-BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 MAIN = {"square": (4096, 4096), "wide": (2048, 8192)}
 MODELS = {
     "Qwen3-0.6B q": (1024, 2048),
@@ -118,10 +117,17 @@ def main() -> None:
         if args.json is not None:
             args.json.write_text("\n".join(map(json.dumps, kept)) + "\n", encoding="utf-8")
     if args.page is not None:
-        text = args.page.read_text(encoding="utf-8")
-        head, _, rest = text.partition(BEGIN)
-        tail = rest.partition(END)[2]
-        args.page.write_text(f"{head}{BEGIN}\n\n{_table(kept)}\n\n{END}{tail}", encoding="utf-8")
+        _write(args.page, _table(kept))
+
+
+def _write(page: Path, table: str) -> None:
+    """Put a table between a page's markers for the instruction set in use."""
+    begin, end = (f"<!-- kernels {library.best_isa()}: {part} -->" for part in ("begin", "end"))
+    head, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    if not found:
+        sys.exit(f"{page} has no line {begin}")
+    tail = rest.partition(end)[2]
+    page.write_text(f"{head}{begin}\n\n{table}\n\n{end}{tail}", encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(
     isinstance(lib.load(), str), reason=f"not built: {lib.BUILD} builds it"
 )
-ROWS, SEGMENT = 80, 128
+ROWS, SEGMENT, MOST_ROWS = 80, 128, 32
 GROUPS = {size: Granularity(Span.GROUP, (size,)) for size in (16, 32, 96, 128, 256)}
 SPECS = (
     *(
@@ -108,6 +108,31 @@ def test_rows_of_one_value(bits: int, value: float, product: Product) -> None:
     off = (product(x, weight).double() - expected).abs()
     # the smallest unit is 2^-111: what is below half of it is taken for zero
     assert (off <= 2.0**-8 * expected.abs() + allowed(x, weight) + 1e-31).all()
+
+
+@pytest.mark.skipif("avx2" not in isas(), reason="the processor lacks AVX2")
+@pytest.mark.parametrize("rows", [2, 3, 5, 6, 7, 31, 32, 33])
+@pytest.mark.parametrize("spec", SPECS[::5] + SPECS[-4:], ids=str)
+def test_a_row_among_others_is_the_row_alone(spec: TensorSpec, rows: int) -> None:
+    weight = quantized(spec, ROWS, 768)
+    blob, meta = packing.pack(weight)
+    x = torch.randn(rows, 768, generator=torch.Generator().manual_seed(3)).bfloat16()
+    found = linear(x, blob, meta, isa="avx2")
+    alone = torch.cat([linear(row[None], blob, meta, isa="avx2") for row in x])
+    exact = x.double() @ weight.dequantize(torch.float64).t()
+    if rows <= MOST_ROWS:
+        assert torch.equal(found, alone)
+    else:
+        assert (found.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
+def test_rows_that_are_apart_in_memory() -> None:
+    weight = quantized(TensorSpec(bits=4, granularity=GROUPS[32]), ROWS, 96)
+    blob, meta = packing.pack(weight)
+    wide = torch.randn(5, 160, generator=torch.Generator().manual_seed(4)).bfloat16()
+    for isa in isas():
+        apart = linear(wide[:, 64:], blob, meta, isa=isa)
+        assert torch.equal(apart, linear(wide[:, 64:].contiguous(), blob, meta, isa=isa))
 
 
 def test_what_is_not_finite_is_seen(product: Product) -> None:

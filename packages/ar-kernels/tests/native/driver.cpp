@@ -75,9 +75,15 @@ void put(std::vector<uint8_t>& bytes, size_t i, int dtype, float v) {
   memcpy(bytes.data() + 2 * i, &h, 2);
 }
 
+// The value of a code of E4M3 without its sign.
+float e4m3(int code) {
+  const int exponent = code >> 3, mantissa = code & 7;
+  return exponent ? ldexpf(float(8 + mantissa), exponent - 10) : ldexpf(float(mantissa), -9);
+}
+
 struct Case {
   int64_t isa;
-  int bits, kind;
+  int bits, kind;  // 0: integers, 1: E4M3, 2: a table
   bool zero;
   Shape shape;
   int64_t experts;
@@ -105,7 +111,8 @@ void run(const Case& c) {
   const int entries = c.bits == 8 ? 128 : 1 << c.bits;
   const int lowest = c.bits == 8 ? 0 : c.kind == 0 ? (c.zero ? 0 : entries / 2) : entries / 3;
   for (int i = 0; i < 128; ++i)
-    header[i] = c.kind != 0 ? float(i % entries - lowest) / 4
+    header[i] = c.kind == 1   ? e4m3(i)
+                : c.kind == 2 ? float(i % entries - lowest) / 4
                 : c.bits == 8 ? i + 0.5f : float(i % entries - lowest);
   header[128] = c.zero ? 1.0f : 0.0f;
   memcpy(blob.data(), header, sizeof header);
@@ -492,6 +499,7 @@ int main(int argc, char** argv) {
           if (quick && bits != 4 && bits != 3) continue;
           run(Case{isa, bits, bits == 8 && !zero ? 2 : 0, zero, shape, 1});
           run(Case{isa, bits, 2, zero, shape, 3});
+          if (bits == 8) run(Case{isa, bits, 1, zero, shape, 1});
         }
     auto buffer = exactly<uint8_t>(5000);
     const ar_runtime runtime{nullptr, isa};

@@ -1,6 +1,6 @@
-// Products of one row of bf16 with integers of 2 to 4 bits, or with values of 4 bits that are whole
-// numbers of a unit, by products of bytes (Kernels::digit_bits tells how many bits where; decision
-// 0026).
+// Products of rows of bf16 with integers, or with values of 4 bits that are whole numbers of a unit, by
+// products of bytes, for 8 bits of words (Kernels::digit_bits and digit_rows tell how many bits and
+// rows where; decision 0026).
 //
 // Bytes are multiplied four at a time where bf16 numbers are by two and floats one by one, and a
 // code needs little more than a mask to become a byte. Only values that are no integers are looked up,
@@ -14,7 +14,7 @@
 //
 // The inputs of a block of 32 lie as 8 quads of high bytes and then 8 of low ones, in the order in
 // which masks find their codes: a quad's bytes belong to the low and high byte of the lane of the
-// even input, then to those of the odd one (see Place).
+// even input, then to those of the odd one (see Place). With codes of 8 bits they lie as they are.
 #pragma once
 #include "fetch.h"
 #include "whole.h"
@@ -22,7 +22,10 @@
 namespace ar {
 namespace {
 
-constexpr int kQuads = 8;  // of a block
+// Steps in which a block is multiplied: four bytes of 8 features each, or two words.
+constexpr int quads_of(int bits) { return bits == 8 ? 16 : 8; }
+
+constexpr int kRowsAtOnce = 32;  // rows whose sums stay in the first-level cache
 
 // The field whose code is byte 0 or 1 (within a lane) of a quad.
 constexpr int field_of(int bits, int quad, int byte) {
@@ -101,30 +104,28 @@ inline int32_t round_inputs(const uint16_t* x, float inverse, int16_t* out) {
   return sum;
 }
 
-// The segments of a block whose halves are groups.
+// The segments of a block whose halves are groups, the second one `next` behind the first.
 template <class D, int BITS>
-void prepare_halves(const uint16_t* x, uint8_t* out, Digits* segment) {
+void prepare_halves(const uint16_t* x, uint8_t* out, Digits* segment, int64_t next) {
   alignas(64) int16_t number[kDepth];
   const Unit low = unit_of(most_of(x, kUnit)), high = unit_of(most_of(x + kUnit, kUnit));
   const int32_t sum = round_inputs<BITS, 0, kUnit>(x, low.inverse, number);
   segment[0] = Digits{low.size, float(sum)};
-  segment[1] = Digits{high.size, float(round_inputs<BITS, kUnit, kUnit>(x, high.inverse, number))};
+  segment[next] = Digits{high.size, float(round_inputs<BITS, kUnit, kUnit>(x, high.inverse, number))};
   D::split(number, kOrder<BITS>, out);
 }
 
+// One row: blocks of `out` and segments are as many rows apart as are prepared.
 template <class D, int BITS>
-void prepare_digits(const Job& job) {
-  const Format& f = job.format;
-  const uint16_t* x = static_cast<const uint16_t*>(job.x);
-  uint8_t* out = static_cast<uint8_t*>(job.packed);
-  Digits* segment = job.digits;
+void prepare_row(const Format& f, const uint16_t* x, uint8_t* out, Digits* segment, int64_t rows) {
+  const int64_t stride = 2 * kDepth * rows;
   uint16_t last[kDepth] = {};  // of the inputs, and zeros
   const int64_t whole = f.columns / kDepth;
   if (whole < f.blocks) memcpy(last, x + whole * kDepth, (f.columns - whole * kDepth) * 2);
   const auto inputs = [&](int64_t b) { return b < whole ? x + b * kDepth : last; };
   if (f.group == kUnit) {
     for (int64_t b = 0; b < f.blocks; ++b)
-      prepare_halves<D, BITS>(inputs(b), out + 2 * kDepth * b, segment + 2 * b);
+      prepare_halves<D, BITS>(inputs(b), out + stride * b, segment + 2 * b * rows, rows);
     return;
   }
   segments(f, [&](const Segment& s) {
@@ -139,22 +140,37 @@ void prepare_digits(const Job& job) {
     for (int64_t b = first; b < end; ++b) {
       alignas(64) int16_t number[kDepth];
       sum += round_inputs<BITS, 0, kDepth>(inputs(b), unit.inverse, number);
-      D::split(number, kOrder<BITS>, out + 2 * kDepth * b);
+      D::split(number, kOrder<BITS>, out + stride * b);
     }
-    *segment++ = Digits{unit.size, float(sum)};
+    *segment = Digits{unit.size, float(sum)};
+    segment += rows;
   });
+}
+
+// Rows of tiles [begin, end); a row that only fills up a pair is taken for the last one again.
+template <class D, int BITS>
+void prepare_digits(const Job& job, int64_t begin, int64_t end) {
+  const int64_t rows = padded_rows(job.rows), last = end * kTile < rows ? end * kTile : rows;
+  for (int64_t row = begin * kTile; row < last; ++row) {
+    const int64_t from = row < job.rows ? row : job.rows - 1;
+    prepare_row<D, BITS>(job.format, static_cast<const uint16_t*>(job.x) + from * job.x_stride,
+                         static_cast<uint8_t*>(job.packed) + 2 * kDepth * row, job.digits + row,
+                         rows);
+  }
 }
 
 // The register of codes that is read for the first time at quad Q, or -1.
 constexpr int register_at(int bits, int quad) {
-  const int per = bits == 2 ? 4 : 2;
+  const int per = bits == 2 ? 4 : 2;  // quads
   return quad % per == 0 && quad / per < bits ? quad / per : -1;
 }
 
-// The bytes of quad Q, out of a block's registers of codes.
+// The bytes of quad Q, or its words, out of a block's registers of codes.
 template <class D, int BITS, int Q>
 AR_INLINE typename D::I bytes(const typename D::I (&reg)[BITS]) {
-  if constexpr (BITS == 4) {
+  if constexpr (BITS == 8) {
+    return D::template words<Q % 2>(reg[Q / 2]);
+  } else if constexpr (BITS == 4) {
     return D::keep(D::template right<4 * (Q % 2)>(reg[Q / 2]), 0x0f0f);
   } else if constexpr (BITS == 2) {
     return D::keep(D::template right<2 * (Q % 4)>(reg[Q / 4]), 0x0303);
@@ -177,10 +193,10 @@ struct Weight {
   typename D::I bytes;     // of codes, where they are looked up
 };
 
-template <class D, bool TABLE>
+template <class D, int BITS, bool TABLE>
 Weight<D> weight_of(const Job& job) {
   const float* table = reinterpret_cast<const float*>(job.blob);
-  Weight<D> w{{1.0f, table[0]}, {}};
+  Weight<D> w{{1.0f, BITS == 8 ? 0.5f : table[0]}, {}};
   if constexpr (TABLE) {
     w.whole = whole_of(table);
     uint8_t bytes[16];
@@ -190,94 +206,134 @@ Weight<D> weight_of(const Job& job) {
   return w;
 }
 
-// sums[feature] += scale * (what bytes times whole numbers gave - zero * their sum).
-template <class V>
-AR_INLINE void add_scaled(const Record& rec, const Segment& s, const Digits& x, const Whole& whole,
-                          const typename V::F (&found)[kStrip / V::N], float* sums) {
+// Adds the products of vectors of features with quads [BEGIN, END) of a block of ROWS rows, asking
+// for so many lines meanwhile.
+template <class D, int BITS, bool TABLE, int BEGIN, int END, int ROWS, int TOGETHER, int LINES>
+AR_INLINE void add_block(const uint8_t* codes, const uint8_t* digits, const uint8_t* lines,
+                         const Weight<D>& w, typename D::Total* totals) {
+  using V = typename D::V;
+  constexpr int kVectors = kStrip / V::N, kSteps = (END - BEGIN) * TOGETHER;
+  typename D::Sums acc[ROWS][TOGETHER];
+  for (int m = 0; m < ROWS; ++m)
+    for (int i = 0; i < TOGETHER; ++i) acc[m][i].begin(totals[m * kVectors + i]);
+  typename D::I reg[TOGETHER][BITS];
+  unrolled<BEGIN, END>([&](auto quad) AR_FORCED {
+    constexpr int Q = decltype(quad)::value, R = register_at(BITS, Q);
+    typename D::Inputs x[ROWS];
+    for (int m = 0; m < ROWS; ++m) x[m] = D::inputs(digits + 2 * kDepth * m + 4 * Q);
+    unrolled<0, TOGETHER>([&](auto vector) AR_FORCED {
+      constexpr int i = decltype(vector)::value;
+      if constexpr (LINES > 0) fetch_one<LINES, kSteps, (Q - BEGIN) * TOGETHER + i>(lines);
+      if constexpr (R >= 0) reg[i][R] = D::load(codes + kRegister * R + i * V::N * 4);
+      auto found = bytes<D, BITS, Q>(reg[i]);
+      if constexpr (TABLE) found = D::look_up(w.bytes, found);
+      for (int m = 0; m < ROWS; ++m) acc[m][i].add(found, x[m]);
+      constexpr bool is_full = TABLE && Q % 4 == 3;  // see kMostByte
+      if constexpr (is_full || Q == END - 1)
+        for (int m = 0; m < ROWS; ++m) acc[m][i].close(totals + m * kVectors + i);
+    });
+  });
+}
+
+// sums[row][feature] += scale * (what was found - zero * sum of the inputs).
+template <class D>
+AR_INLINE void add_scaled(const Record& rec, const Segment& s, const Digits* x, int64_t rows,
+                          const Whole& whole, const typename D::Total* totals, float* sums) {
+  using V = typename D::V;
   const uint8_t *scales = rec.scales(s.group), *zeros = rec.zeros(s.group);
-  const auto sum = V::set(x.sum), unit = V::set(x.size * whole.unit);
   const auto bias = V::set((rec.zero_bias - whole.base) / whole.unit);
   const auto add = [&](int v, typename V::F zero) AR_FORCED {
-    float* to = sums + v * V::N;
-    const auto scale = V::mul(V::scales(rec.scale, scales + v * V::N * rec.width), unit);
-    V::store(to, V::fma(scale, V::sub(found[v], V::mul(zero, sum)), V::load(to)));
+    const auto scale =
+        V::mul(V::scales(rec.scale, scales + v * V::N * rec.width), V::set(whole.unit));
+    for (int64_t m = 0; m < rows; ++m) {
+      float* to = sums + m * kStrip + v * V::N;
+      const auto found = D::floats(totals[m * (kStrip / V::N) + v]);
+      const auto value = V::sub(found, V::mul(zero, V::set(x[m].sum)));
+      V::store(to, V::fma(V::mul(scale, V::set(x[m].size)), value, V::load(to)));
+    }
   };
   if (zeros == nullptr) {
     for (int v = 0; v < kStrip / V::N; ++v) add(v, bias);
   } else {
+    const auto each = V::set(1 / whole.unit);
     for (int v = 0; v < kStrip / V::N; ++v)
-      add(v, V::add(bias, V::bytes_as_floats(zeros + v * V::N)));
+      add(v, V::fma(V::bytes_as_floats(zeros + v * V::N), each, bias));
   }
 }
 
-// Adds a segment's products: quads [BEGIN, END) of its blocks. Blocks are read in the order of memory;
-// of one, D multiplies as many vectors of features together as it has registers for.
-template <class D, int BITS, bool TABLE, int BEGIN, int END>
-AR_INLINE void add_segment(const Job& job, const Record& rec, const Segment& s, const Digits& x,
-                           const Weight<D>& w, float* sums) {
+// Adds a segment's products with `rows` rows from `row` on, ALONE: the only one; quads [BEGIN, END) of
+// its blocks. Blocks are read in the order of memory; of one, as many vectors of features are multiplied
+// together as there are registers for.
+template <class D, int BITS, bool TABLE, bool ALONE, int BEGIN, int END>
+AR_INLINE void add_segment(const Job& job, const Record& rec, const Segment& s, const Digits* x,
+                           int64_t row, int64_t rows, const Weight<D>& w, float* sums) {
   using V = typename D::V;
-  constexpr int kVectors = kStrip / V::N, kPasses = kVectors / D::kTogether;
-  constexpr int kLines = 4 * BITS * (END - BEGIN) / (kQuads * kPasses);
-  constexpr int kSteps = (END - BEGIN) * D::kTogether;
-  typename D::Total totals[kVectors];
-  for (auto& one : totals) D::clear(&one);
-  const int64_t first = s.unit / 2, end = (s.unit + s.units + 1) / 2;
-  for (int64_t b = first; b < end; ++b) {
+  constexpr int kVectors = kStrip / V::N, kTogether = D::kTogether, kWidth = V::N * 4;
+  constexpr int kLines = BITS * 4 * (END - BEGIN) * kTogether / (quads_of(BITS) * kVectors);
+  typename D::Total totals[(ALONE ? 1 : kRowsAtOnce) * kVectors];
+  for (int64_t i = 0; i < rows * kVectors; ++i) D::clear(totals + i);
+  const int64_t all = ALONE ? 1 : padded_rows(job.rows);
+  for (int64_t b = s.unit / 2; b < (s.unit + s.units + 1) / 2; ++b) {
     const uint8_t* codes = block_of(rec, s, 2 * b);
-    const uint8_t* lines = codes + kRegister * BITS * BEGIN / kQuads;
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const uint8_t* digits = static_cast<const uint8_t*>(job.packed) + 2 * kDepth * b;
-      if constexpr (kPasses > 1) asm("" : "+r"(digits));  // read anew: there is no room to keep them
-      typename D::Sums acc[D::kTogether];
-      for (int i = 0; i < D::kTogether; ++i) acc[i].begin(totals[pass * D::kTogether + i]);
-      typename D::I reg[D::kTogether][BITS];
-      unrolled<BEGIN, END>([&](auto quad) AR_FORCED {
-        constexpr int Q = decltype(quad)::value;
-        const auto high = D::quad(digits + 4 * Q), low = D::quad(digits + kDepth + 4 * Q);
-        unrolled<0, D::kTogether>([&](auto vector) AR_FORCED {
-          constexpr int i = decltype(vector)::value, R = register_at(BITS, Q);
-          fetch_one<kLines, kSteps, (Q - BEGIN) * D::kTogether + i>(lines);
-          if constexpr (R >= 0) reg[i][R] = D::load(codes + kRegister * R + i * V::N * 4);
-          auto found = bytes<D, BITS, Q>(reg[i]);
-          if constexpr (TABLE) found = D::look_up(w.bytes, found);
-          acc[i].add(found, high, low);
-          constexpr bool is_full = TABLE && Q % 4 == 3;  // see kMostByte
-          if constexpr (is_full || Q == END - 1) acc[i].close(totals + pass * D::kTogether + i);
-        });
-      });
-      codes += D::kTogether * V::N * 4;
-      lines += 64 * kLines;
+    const uint8_t* lines = codes + kRegister * BITS * BEGIN / quads_of(BITS);
+    for (int v = 0; v < kVectors; v += kTogether, lines += 64 * kLines, codes += kWidth * kTogether) {
+      const uint8_t* digits = static_cast<const uint8_t*>(job.packed) + 2 * kDepth * (b * all + row);
+      if constexpr (kTogether < kVectors)
+        asm("" : "+r"(digits));  // inputs are read anew: there is no room to keep them
+      if constexpr (ALONE) {
+        add_block<D, BITS, TABLE, BEGIN, END, 1, kTogether, kLines>(codes, digits, lines, w,
+                                                                    totals + v);
+      } else {
+        for (int line = 0; line < kLines; ++line) fetch_line<kFar, kNear>(lines + 64 * line);
+        for (int64_t m = 0; m < rows; m += 2)
+          add_block<D, BITS, TABLE, BEGIN, END, 2, kTogether, 0>(
+              codes, digits + 2 * kDepth * m, nullptr, w, totals + m * kVectors + v);
+      }
     }
   }
-  typename V::F found[kVectors];
-  for (int v = 0; v < kVectors; ++v) found[v] = D::floats(totals[v]);
-  add_scaled<V>(rec, s, x, w.whole, found, sums);
+  add_scaled<D>(rec, s, x, rows, w.whole, totals, sums);
+}
+
+template <class D, int BITS, bool TABLE, bool ALONE>
+void multiply_rows(const Job& job, const Weight<D>& w, int64_t strip, int64_t row, int64_t rows,
+                   float* sums) {
+  constexpr int kAll = quads_of(BITS), kHalf = kAll / 2;
+  const Record rec = record(job, strip);
+  const int64_t all = padded_rows(job.rows);
+  const Digits* x = job.digits + row;
+  segments(job.format, [&](const Segment& s) AR_FORCED {
+    const auto add = [&](auto begin, auto end) AR_FORCED {
+      constexpr int BEGIN = decltype(begin)::value, END = decltype(end)::value;
+      add_segment<D, BITS, TABLE, ALONE, BEGIN, END>(job, rec, s, x, row, rows, w, sums);
+    };
+    if (BITS < 4 || s.units > 1) add(Int<0>{}, Int<kAll>{});
+    else if (s.unit & 1) add(Int<kHalf>{}, Int<kAll>{});
+    else add(Int<0>{}, Int<kHalf>{});
+    x += all;
+  });
 }
 
 template <class D, int BITS, bool TABLE>
 void multiply_digits(const Job& job, int64_t begin, int64_t end) {
-  const Weight<D> w = weight_of<D, TABLE>(job);
-  for (int64_t strip = begin; strip < end; ++strip) {
-    alignas(64) float sums[kTile * kStrip];  // as many as `finish` may read
-    memset(sums, 0, kStrip * sizeof(float));
-    const Record rec = record(job, strip);
-    const Digits* segment = job.digits;
-    segments(job.format, [&](const Segment& s) AR_FORCED {
-      const Digits& x = *segment++;
-      if (BITS != 4 || s.units > 1) add_segment<D, BITS, TABLE, 0, kQuads>(job, rec, s, x, w, sums);
-      else if (s.unit & 1) add_segment<D, BITS, TABLE, kQuads / 2, kQuads>(job, rec, s, x, w, sums);
-      else add_segment<D, BITS, TABLE, 0, kQuads / 2>(job, rec, s, x, w, sums);
-    });
-    finish<typename D::V>(job, strip, 0, 1, sums);
-  }
+  const Weight<D> w = weight_of<D, BITS, TABLE>(job);
+  alignas(64) float sums[kRowsAtOnce * kStrip];
+  for (int64_t strip = begin; strip < end; ++strip)
+    for (int64_t row = 0; row < job.rows; row += kRowsAtOnce) {
+      const int64_t left = job.rows - row, rows = left < kRowsAtOnce ? left : kRowsAtOnce;
+      memset(sums, 0, padded_rows(rows) * kStrip * sizeof(float));
+      if (job.rows == 1) multiply_rows<D, BITS, TABLE, true>(job, w, strip, row, 1, sums);
+      else if constexpr (D::kPairs)
+        multiply_rows<D, BITS, TABLE, false>(job, w, strip, row, padded_rows(rows), sums);
+      finish<typename D::V>(job, strip, row, rows, sums);
+    }
 }
 
 template <class D>
-void prepare_digits(const Job& job) {
+void prepare_digits(const Job& job, int64_t begin, int64_t end) {
   switch (job.format.bits) {
-    case 2: return prepare_digits<D, 2>(job);
-    case 3: return prepare_digits<D, 3>(job);
-    default: return prepare_digits<D, 4>(job);
+    case 2: return prepare_digits<D, 2>(job, begin, end);
+    case 3: return prepare_digits<D, 3>(job, begin, end);
+    default: return prepare_digits<D, 4>(job, begin, end);
   }
 }
 

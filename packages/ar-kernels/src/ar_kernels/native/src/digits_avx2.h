@@ -1,4 +1,5 @@
-// Products by bytes by AVX2: pairs into sums of 16 bits, and a block's sums into 32.
+// Products by bytes by AVX2: pairs into sums of 16 bits, and a block's sums into 32. Codes of 8 bits
+// become words, and pairs of their products sums of 32.
 #pragma once
 #include "v256.h"
 
@@ -11,15 +12,20 @@ struct Pairs {
   using V = V256;
   using I = __m256i;
   using Total = I;
-  static constexpr int kTogether = 2;  // vectors of features: 16 registers hold no more
+  static constexpr int kTogether = 2;    // vectors of features: 16 registers hold no more
+  static constexpr bool kPairs = true;   // of rows, too
+
+  struct Inputs {
+    I high, low;
+  };
 
   // Eight products of a code (at most 15, or 14 and 7) and a byte fit in 16 bits, twice over.
   struct Sums {
     I high, low;
     void begin(const Total&) { high = low = _mm256_setzero_si256(); }
-    AR_INLINE void add(I codes, I x_high, I x_low) {
-      high = _mm256_add_epi16(high, _mm256_maddubs_epi16(codes, x_high));
-      low = _mm256_add_epi16(low, _mm256_maddubs_epi16(codes, x_low));
+    AR_INLINE void add(I codes, const Inputs& x) {
+      high = _mm256_add_epi16(high, _mm256_maddubs_epi16(codes, x.high));
+      low = _mm256_add_epi16(low, _mm256_maddubs_epi16(codes, x.low));
       V::pin(&high);  // or compilers add at the end, and what waits goes to memory
       V::pin(&low);
     }
@@ -59,6 +65,7 @@ struct Pairs {
     memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
   }
+  static AR_INLINE Inputs inputs(const uint8_t* p) { return Inputs{quad(p), quad(p + kDepth)}; }
 
   static AR_INLINE void split(const int16_t* number, const Order& order, uint8_t* out) {
     for (int i = 0; i < kDepth; ++i) {
@@ -66,6 +73,44 @@ struct Pairs {
       out[i] = uint8_t((n + 128) >> 8);
       out[kDepth + i] = uint8_t(n);
     }
+  }
+};
+
+struct Words {
+  using V = V256;
+  using I = __m256i;
+  using Total = I;
+  static constexpr int kTogether = 2;
+  static constexpr bool kPairs = true;
+
+  struct Inputs {
+    I pair;
+  };
+  struct Sums {
+    I sum;
+    void begin(const Total& total) { sum = total; }
+    AR_INLINE void add(I codes, const Inputs& x) {
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes, x.pair));
+      V::pin(&sum);
+    }
+    AR_INLINE void close(Total* total) { *total = sum; }
+  };
+  static void clear(Total* total) { *total = _mm256_setzero_si256(); }
+  static AR_INLINE V::F floats(const Total& total) { return _mm256_cvtepi32_ps(total); }
+
+  // A register has 16 bytes for four features: two neighbouring inputs of each, then the two behind
+  // them. Unpacked, 32 are two inputs of 8 features, twice. Stored is a sign and how far from it: c
+  // for c >= 0, -1 - c below.
+  static AR_INLINE I load(const uint8_t* p) { return Pairs::load(p); }
+  template <int SECOND>
+  static AR_INLINE I words(I codes) {
+    const I negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), codes);
+    const I c = _mm256_xor_si256(codes, _mm256_and_si256(negative, _mm256_set1_epi8(0x7f)));
+    return SECOND ? _mm256_unpackhi_epi8(c, negative) : _mm256_unpacklo_epi8(c, negative);
+  }
+  static AR_INLINE Inputs inputs(const uint8_t* p) { return Inputs{Pairs::quad(p)}; }
+  static void split(const int16_t* number, const Order&, uint8_t* out) {
+    memcpy(out, number, 2 * kDepth);
   }
 };
 

@@ -1,9 +1,9 @@
 // Products in float32 by AVX2.
 #include "v256.h"
 
-#include "bytes_avx2.h"
 #include "compact_avx2.h"
 #include "digits_avx2.h"
+#include "e4m3_avx2.h"
 #include "kernel_simd.h"
 #include "steps.h"
 
@@ -16,14 +16,16 @@ static constexpr Steps kSteps = {widen<V256>,  float_product<V256, Dots<V256>>, 
                                  &kCompact};
 
 extern const ByDigits kDigitsAvx2 = {prepare_digits<Pairs>, multiply_digits<Pairs>};
-static constexpr ByDigits kWords = {prepare_digits<Words, 8>, multiply_integers};
+constexpr int kDigitRows = 32;  // from there on panels of floats are as fast
+
+static constexpr ByDigits kWords = {prepare_digits<Words, 8>, multiply_digits<Words, 8, false>};
 
 static void multiply_avx2(const Job& job, int64_t begin, int64_t end) {
   if (job.rows == 1 && job.format.kind == kE4M3) return multiply_e4m3(job, begin, end);
   multiply<V256>(job, begin, end);
 }
 
-extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},     4, 0, 4, &kDigitsAvx2, &kWords,
+extern const Kernels kAvx2 = {"avx2",         {1, 1, 1},     4, 0, 4, kDigitRows, &kDigitsAvx2, &kWords,
                               prepare<V256>,  multiply_avx2, expand<V256>, read_all<V256>,
                               &kSteps};
 

@@ -19,9 +19,8 @@ static constexpr Steps kSteps = {widen<V512>,  float_product<V512, Dots<V512>>, 
 
 // VNNI came with later processors than the rest.
 static constexpr Kernels with_digits(const ByDigits* digits) {
-  return Kernels{"avx512",       {1, 1, 1},      4,             0,              4,
-                 digits,         nullptr,        prepare<V512>, multiply<V512>, expand_avx512,
-                 read_all<V512>, &kSteps};
+  return Kernels{"avx512",      {1, 1, 1},      4,     0, 4, 1, digits, nullptr, prepare<V512>,
+                 multiply<V512>, expand_avx512, read_all<V512>, &kSteps};
 }
 
 extern const Kernels kAvx512 = with_digits(&kDigitsAvx2);

@@ -162,7 +162,7 @@ static constexpr Steps kSteps = {widen<V>,  float_product<V, DotsOfPairs>, norm<
                                  attend<V>, pair<V>,                       turn<V>,
                                  &kCompact};
 
-extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1}, 4, kInPlaceRows, kDigitBits, &kDigitsVnni, nullptr,
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", {3, 2, 1}, 4, kInPlaceRows, kDigitBits, 1, &kDigitsVnni, nullptr,
                                     prepare_bf16,  multiply_bf16, expand_avx512, read_all<V>,
                                     &kSteps};
 

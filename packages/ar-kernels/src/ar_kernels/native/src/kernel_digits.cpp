@@ -10,15 +10,19 @@ struct Vnni {
   using V = V512;
   using I = __m512i;
   static constexpr int kTogether = 4;  // vectors of features
+  static constexpr bool kPairs = false;
 
+  struct Inputs {
+    I high, low;
+  };
   struct Total {
     I high, low;
   };
   struct Sums : Total {
     void begin(const Total& total) { Total::operator=(total); }
-    AR_INLINE void add(I codes, I x_high, I x_low) {
-      high = _mm512_dpbusd_epi32(high, codes, x_high);
-      low = _mm512_dpbusd_epi32(low, codes, x_low);
+    AR_INLINE void add(I codes, const Inputs& x) {
+      high = _mm512_dpbusd_epi32(high, codes, x.high);
+      low = _mm512_dpbusd_epi32(low, codes, x.low);
     }
     AR_INLINE void close(Total* total) { *total = *this; }
   };
@@ -56,6 +60,8 @@ struct Vnni {
     memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
   }
+
+  static AR_INLINE Inputs inputs(const uint8_t* p) { return Inputs{quad(p), quad(p + kDepth)}; }
 
   static AR_INLINE void split(const int16_t* number, const Order& order, uint8_t* out) {
     const I all = _mm512_permutexvar_epi16(_mm512_load_si512(order.from),

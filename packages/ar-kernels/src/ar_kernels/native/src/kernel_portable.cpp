@@ -52,7 +52,7 @@ static constexpr Steps kSteps = {widen<V1>,  float_product<V1, Dots<V1>>, norm<V
                                  attend<V1>, pair<V1>,          turn<V1>,
                                  &kCompact};
 
-extern const Kernels kPortable = {"portable", {1, 1, 1}, 4, 0, 0, nullptr, nullptr,
+extern const Kernels kPortable = {"portable", {1, 1, 1}, 4, 0, 0, 0, nullptr, nullptr,
                                   prepare<V1>, multiply,  expand,   read_all<V1>,
                                   &kSteps};
 

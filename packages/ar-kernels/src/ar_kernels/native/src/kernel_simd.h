@@ -35,7 +35,9 @@ AR_INLINE typename V::I field(const uint8_t* block, int part) {
 template <class V, int BITS, int KIND, int F>
 AR_INLINE void values(const uint8_t* block, int part, const typename V::Tables& t,
                       typename V::F* even, typename V::F* odd) {
-  if constexpr (BITS == 8) {
+  if constexpr (KIND == kE4M3 && V::kHasPairs) {
+    V::e4m3(block + kRegister * (F / 2), part, F & 1, even, odd);
+  } else if constexpr (BITS == 8) {
     const uint8_t* reg = block + kRegister * (F / 2);
     *even = V::template lookup<BITS, KIND>(V::codes8(reg, part, F & 1, 0), t);
     *odd = V::template lookup<BITS, KIND>(V::codes8(reg, part, F & 1, 1), t);

@@ -38,6 +38,9 @@ inline float zero_bias(const Format& f, const uint8_t* blob) {
   return f.groups ? reinterpret_cast<const float*>(blob)[kZeroBias] : 0.0f;
 }
 
+// Rows that become whole numbers: one, or pairs.
+constexpr int64_t padded_rows(int64_t rows) { return rows == 1 ? 1 : (rows + 1) / 2 * 2; }
+
 constexpr int kFloatRows = 4;    // most rows of x for a product with a float weight
 constexpr int kMostWidth = 512;  // of an attention head
 
@@ -111,7 +114,7 @@ struct Steps {
 
 // Products where inputs are whole numbers (digits.h).
 struct ByDigits {
-  void (*prepare)(const Job&);
+  void (*prepare)(const Job&, int64_t tile_begin, int64_t tile_end);
   void (*multiply)(const Job&, int64_t strip_begin, int64_t strip_end);
 };
 
@@ -120,7 +123,8 @@ struct Kernels {
   int pieces[3];     // virtual rows for a row of fp32, fp16, bf16
   int element;       // bytes of a packed input of one virtual row
   int in_place_rows; // most rows for which narrow integers are read in place (see Job::bases)
-  int digit_bits;    // most bits of integers that a row of bf16 is multiplied by in whole numbers
+  int digit_bits;    // most bits of integers that rows of bf16 are multiplied by in whole numbers
+  int digit_rows;    // most rows
   const ByDigits* digits;
   const ByDigits* words;  // the same for 8 bits, or null
   void (*prepare)(const Job&, int64_t tile_begin, int64_t tile_end);

@@ -60,7 +60,7 @@ struct Inputs {
 // Tells whether a product's inputs become whole numbers (digits.h).
 inline bool in_digits(const Kernels& k, const Job& job) {
   const Format& f = job.format;
-  if (job.rows != 1 || job.dtype != kBF16) return false;
+  if (job.rows > k.digit_rows || job.dtype != kBF16) return false;
   if (f.bits == 8) return f.kind == kInteger && k.words;
   if (f.bits > k.digit_bits || (f.group == kUnit && f.bits != 4)) return false;
   if (f.kind == kInteger) return true;
@@ -72,7 +72,8 @@ inline Inputs inputs_of(const Kernels& k, const Job& job) {
   const int64_t virtual_rows = job.rows * job.pieces, tiles = ceil_div(virtual_rows, kTile);
   if (in_digits(k, job)) {
     const int64_t segments = f.group == kUnit ? 2 * f.blocks : f.blocks;
-    return Inputs{f.blocks * 64, 0, 0, segments * int64_t(sizeof(Digits))};
+    const int64_t rows = padded_rows(job.rows);
+    return Inputs{rows * f.blocks * 64, 0, 0, rows * segments * int64_t(sizeof(Digits))};
   }
   const bool needs_sums = f.zero || zero_bias(f, job.blob) != 0;
   const bool in_place = f.kind == kInteger && f.bits <= 6 && f.groups && job.pieces == 1 &&
@@ -96,7 +97,7 @@ inline const ByDigits& digits_of(const Kernels& k, const Job& job) {
 }
 
 inline void prepare_tiles(const Kernels& k, const Job& job, int64_t begin, int64_t end) {
-  if (job.digits) digits_of(k, job).prepare(job);
+  if (job.digits) digits_of(k, job).prepare(job, begin, end);
   else k.prepare(job, begin, end);
 }
 

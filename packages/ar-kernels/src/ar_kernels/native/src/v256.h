@@ -10,6 +10,7 @@ namespace {
 
 struct V256 {
   static constexpr int N = 8;
+  static constexpr bool kHasPairs = true;  // `e4m3` for two inputs at once
   static constexpr int kBlocksAtOnce(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
   using F = __m256;
   using I = __m256i;
@@ -60,7 +61,7 @@ struct V256 {
       const I bits = _mm256_max_epi32(_mm256_slli_epi32(v, 23), _mm256_set1_epi32(0x400000));
       return _mm256_castsi256_ps(bits);
     }
-    return small<15>(v);
+    return ue5m3(v);
   }
 
   static F bytes_as_floats(const uint8_t* p) { return _mm256_cvtepi32_ps(bytes(p)); }
@@ -85,6 +86,22 @@ struct V256 {
     return _mm256_shuffle_epi8(words(reg, part), _mm256_broadcastsi128_si256(one));
   }
 
+  // The values of one field of E4M3, by way of fp16, which has them times 2^-8.
+  static void e4m3(const uint8_t* reg, int part, int odd_field, F* even, F* odd) {
+    const int b = 8 * odd_field;
+    const __m128i one = _mm_setr_epi8(-1, char(b), -1, char(b + 2), -1, char(b + 4), -1, char(b + 6),
+                                      -1, char(b + 1), -1, char(b + 3), -1, char(b + 5), -1,
+                                      char(b + 7));
+    const I all = _mm256_shuffle_epi8(words(reg, part), _mm256_broadcastsi128_si256(one));
+    const I half = _mm256_permute4x64_epi64(halves(all), 0xd8);
+    *even = mul(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), set(256.0f));
+    *odd = mul(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), set(256.0f));
+  }
+  // fp16 with 2^-8 times the values of E4M3 in the upper bytes of words.
+  static I halves(I v) {
+    return _mm256_and_si256(_mm256_srai_epi16(v, 1), _mm256_set1_epi16(short(0xbfff)));
+  }
+
   template <int BITS, int KIND>
   static F lookup(I v, const Tables& t) {
     if constexpr (BITS <= 3) {
@@ -100,8 +117,6 @@ struct V256 {
       F out;
       if constexpr (KIND == kInteger) {
         out = add(_mm256_cvtepi32_ps(magnitude), set(0.5f));
-      } else if constexpr (KIND == kE4M3) {
-        out = small<7>(magnitude);
       } else {
         out = _mm256_i32gather_ps(t.values, magnitude, 4);
       }
@@ -126,17 +141,16 @@ struct V256 {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
 
-  // Non-negative ones: fp16 has the same values times 2^-8.
+  // E4M3 without signs.
   static F e4m3(const uint8_t* p) {
     const __m128i words = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     return mul(_mm256_cvtph_ps(_mm_slli_epi16(words, 7)), set(256.0f));
   }
 
-  template <int BIAS>
-  static F small(I v) {
-    const I bits = _mm256_add_epi32(_mm256_slli_epi32(v, 20), _mm256_set1_epi32((127 - BIAS) << 23));
-    const F unit = set(BIAS == 7 ? 0x1p-9f : 0x1p-17f);
-    const F low = mul(_mm256_cvtepi32_ps(v), unit);
+  // Not by way of subnormal floats, which a processor may be told to treat as zero.
+  static F ue5m3(I v) {
+    const I bits = _mm256_add_epi32(_mm256_slli_epi32(v, 20), _mm256_set1_epi32((127 - 15) << 23));
+    const F low = mul(_mm256_cvtepi32_ps(v), set(0x1p-17f));
     const F is_low = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), v));
     return _mm256_blendv_ps(_mm256_castsi256_ps(bits), low, is_low);
   }

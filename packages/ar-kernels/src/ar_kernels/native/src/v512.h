@@ -11,6 +11,7 @@ namespace {
 
 struct V512 {
   static constexpr int N = 16;
+  static constexpr bool kHasPairs = false;
   static constexpr int kBlocksAtOnce(int) { return 4; }
   using F = __m512;
   using I = __m512i;

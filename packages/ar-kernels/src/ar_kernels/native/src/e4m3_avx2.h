@@ -1,12 +1,12 @@
-// Products of one row with codes of 8 bits by AVX2: bf16 with integers, in whole numbers (see
-// digits.h), and floats with E4M3.
+// Products of one row of floats with E4M3 by AVX2: fp16 has all its values, and there is an operation
+// that widens fp16.
 //
 // Codes lie as bytes, 16 for four features: two neighbouring inputs of each, then the two behind
 // them. Unpacked to words, 32 bytes become 8 features times two inputs, twice.
 #pragma once
 #include "v256.h"
 
-#include "digits_avx2.h"
+#include "fetch.h"
 #include "kernel_f32.h"
 
 namespace ar {
@@ -41,44 +41,6 @@ AR_INLINE void each_vector(const Record& rec, const Segment& s, Begin&& begin, F
   }
 }
 
-// Inputs as words, in their order.
-struct Words {
-  static void split(const int16_t* number, const Order&, uint8_t* out) {
-    memcpy(out, number, 2 * kDepth);
-  }
-};
-
-template <int BEGIN, int END>
-AR_INLINE void add_integers(const Job& job, const Record& rec, const Segment& s, const Digits& x,
-                            float* sums) {
-  using I = __m256i;
-  I totals[kPasses * kTogether], acc[kTogether];
-  for (I& one : totals) one = _mm256_setzero_si256();
-  const uint8_t* numbers = nullptr;
-  const auto begin = [&](int64_t b, int pass) AR_FORCED {
-    numbers = static_cast<const uint8_t*>(job.packed) + 2 * kDepth * b;
-    asm("" : "+r"(numbers));  // read anew: there is no room to keep them
-    for (int i = 0; i < kTogether; ++i) acc[i] = totals[pass * kTogether + i];
-  };
-  const auto add = [&](auto reg, auto vector, I codes) AR_FORCED {
-    constexpr int R = decltype(reg)::value, i = decltype(vector)::value;
-    // a sign and how far from it: c for c >= 0, -1 - c below
-    const I negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), codes);
-    const I c = _mm256_xor_si256(codes, _mm256_and_si256(negative, _mm256_set1_epi8(0x7f)));
-    const I first = _mm256_unpacklo_epi8(c, negative), second = _mm256_unpackhi_epi8(c, negative);
-    const I one = Pairs::quad(numbers + 8 * R), two = Pairs::quad(numbers + 8 * R + 4);
-    acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(first, one));
-    acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(second, two));
-    V256::pin(&acc[i]);
-  };
-  each_vector<BEGIN, END>(rec, s, begin, add, [&](int pass) AR_FORCED {
-    for (int i = 0; i < kTogether; ++i) totals[pass * kTogether + i] = acc[i];
-  });
-  __m256 found[kPasses * kTogether];
-  for (int v = 0; v < kPasses * kTogether; ++v) found[v] = _mm256_cvtepi32_ps(totals[v]);
-  add_scaled<V256>(rec, s, x, Whole{1.0f, 0.5f}, found, sums);
-}
-
 template <int BEGIN, int END>
 AR_INLINE void add_e4m3(const Job& job, const Record& rec, const Segment& s, float* sums) {
   using F = __m256;
@@ -94,8 +56,7 @@ AR_INLINE void add_e4m3(const Job& job, const Record& rec, const Segment& s, flo
   const auto add = [&](auto reg, auto vector, I codes) AR_FORCED {
     constexpr int R = decltype(reg)::value, i = decltype(vector)::value;
     const auto add_words = [&](I words, const float* pair) AR_FORCED {
-      // fp16 has the same values times 2^-8
-      const I half = _mm256_and_si256(_mm256_srai_epi16(words, 1), _mm256_set1_epi16(short(0xbfff)));
+      const I half = V256::halves(words);
       double both;
       memcpy(&both, pair, sizeof(both));
       const F inputs = _mm256_castpd_ps(_mm256_set1_pd(both));
@@ -134,13 +95,6 @@ AR_INLINE void by_registers(const Job& job, int64_t begin, int64_t end, Fn&& fn)
     });
     finish<V256>(job, strip, 0, 1, sums);
   }
-}
-
-void multiply_integers(const Job& job, int64_t begin, int64_t end) {
-  by_registers(job, begin, end, [&](auto from, auto to, const Record& rec, const Segment& s,
-                                    int64_t segment, float* sums) AR_FORCED {
-    add_integers<decltype(from)::value, decltype(to)::value>(job, rec, s, job.digits[segment], sums);
-  });
 }
 
 void multiply_e4m3(const Job& job, int64_t begin, int64_t end) {
