@@ -1,10 +1,10 @@
-// Products of rows of bf16 with integers, or with values of 4 bits that are whole numbers of a unit, by
-// products of bytes, for 8 bits of words (Kernels::digit_bits and digit_rows tell how many bits and
-// rows where; decision 0026).
+// Products of rows of bf16 with integers, or with values of 4 bits that are whole numbers of a unit,
+// by products of bytes, for 8 bits of words (Kernels::digit_bits and digit_rows tell how many bits
+// and rows where; decision 0026).
 //
 // Bytes are multiplied four at a time where bf16 numbers are by two and floats one by one, and a
-// code needs little more than a mask to become a byte. Only values that are no integers are looked up,
-// as bytes (whole.h).
+// code needs little more than a mask to become a byte. Only values that are no integers are looked
+// up, as bytes (whole.h).
 //
 // For that, the inputs of a segment are whole numbers of a power of two, up to 2^15, of which the
 // largest has 15 bits. bf16 has 8, so inputs down to 1/128 of the largest one (at 3 bits 1/64) are
@@ -261,23 +261,24 @@ AR_INLINE void add_scaled(const Record& rec, const Segment& s, const Digits* x, 
   }
 }
 
-// Adds a segment's products with `rows` rows from `row` on, ALONE: the only one; quads [BEGIN, END) of
-// its blocks. Blocks are read in the order of memory; of one, as many vectors of features are multiplied
-// together as there are registers for.
+// Adds a segment's products with `rows` rows from `row` on, ALONE: the only one; quads [BEGIN, END)
+// of its blocks. Blocks are read in the order of memory; of one, as many vectors of features are
+// multiplied together as there are registers for.
 template <class D, int BITS, bool TABLE, bool ALONE, int BEGIN, int END>
 AR_INLINE void add_segment(const Job& job, const Record& rec, const Segment& s, const Digits* x,
                            int64_t row, int64_t rows, const Weight<D>& w, float* sums) {
   using V = typename D::V;
   constexpr int kVectors = kStrip / V::N, kTogether = D::kTogether, kWidth = V::N * 4;
   constexpr int kLines = BITS * 4 * (END - BEGIN) * kTogether / (quads_of(BITS) * kVectors);
+  const int64_t count = ALONE ? 1 : rows, all = ALONE ? 1 : padded_rows(job.rows);
   typename D::Total totals[(ALONE ? 1 : kRowsAtOnce) * kVectors];
-  for (int64_t i = 0; i < rows * kVectors; ++i) D::clear(totals + i);
-  const int64_t all = ALONE ? 1 : padded_rows(job.rows);
+  for (int64_t i = 0; i < count * kVectors; ++i) D::clear(totals + i);
   for (int64_t b = s.unit / 2; b < (s.unit + s.units + 1) / 2; ++b) {
     const uint8_t* codes = block_of(rec, s, 2 * b);
     const uint8_t* lines = codes + kRegister * BITS * BEGIN / quads_of(BITS);
-    for (int v = 0; v < kVectors; v += kTogether, lines += 64 * kLines, codes += kWidth * kTogether) {
-      const uint8_t* digits = static_cast<const uint8_t*>(job.packed) + 2 * kDepth * (b * all + row);
+    const uint8_t* inputs = static_cast<const uint8_t*>(job.packed) + 2 * kDepth * (b * all + row);
+    for (int v = 0; v < kVectors; v += kTogether) {
+      const uint8_t* digits = inputs;
       if constexpr (kTogether < kVectors)
         asm("" : "+r"(digits));  // inputs are read anew: there is no room to keep them
       if constexpr (ALONE) {
@@ -285,13 +286,15 @@ AR_INLINE void add_segment(const Job& job, const Record& rec, const Segment& s, 
                                                                     totals + v);
       } else {
         for (int line = 0; line < kLines; ++line) fetch_line<kFar, kNear>(lines + 64 * line);
-        for (int64_t m = 0; m < rows; m += 2)
+        for (int64_t m = 0; m < count; m += 2)
           add_block<D, BITS, TABLE, BEGIN, END, 2, kTogether, 0>(
               codes, digits + 2 * kDepth * m, nullptr, w, totals + m * kVectors + v);
       }
+      codes += kWidth * kTogether;
+      lines += 64 * kLines;
     }
   }
-  add_scaled<D>(rec, s, x, rows, w.whole, totals, sums);
+  add_scaled<D>(rec, s, x, count, w.whole, totals, sums);
 }
 
 template <class D, int BITS, bool TABLE, bool ALONE>
