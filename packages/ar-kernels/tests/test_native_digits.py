@@ -29,7 +29,7 @@ GROUPS = {size: Granularity(Span.GROUP, (size,)) for size in (16, 32, 96, 128, 2
 SPECS = (
     *(
         TensorSpec(bits=bits, granularity=granularity, symmetric=symmetric)
-        for bits in (2, 3, 4, 8)
+        for bits in (2, 3, 4, 5, 6, 8)
         for granularity in (*GROUPS.values(), Granularity(Span.CHANNEL))
         for symmetric in (True, False)
     ),

@@ -1,6 +1,6 @@
 // Products of rows of bf16 with integers, or with values of 4 bits that are whole numbers of a unit,
-// by products of bytes, for 8 bits of words (Kernels::digit_bits and digit_rows tell how many bits
-// and rows where; decision 0026).
+// by products of bytes, for 5 bits and more of words (Kernels::digit_bits and digit_rows tell how many
+// bits and rows where; decision 0026).
 //
 // Bytes are multiplied four at a time where bf16 numbers are by two and floats one by one, and a
 // code needs little more than a mask to become a byte. Only values that are no integers are looked
@@ -14,7 +14,7 @@
 //
 // The inputs of a block of 32 lie as 8 quads of high bytes and then 8 of low ones, in the order in
 // which masks find their codes: a quad's bytes belong to the low and high byte of the lane of the
-// even input, then to those of the odd one (see Place). With codes of 8 bits they lie as they are.
+// even input, then to those of the odd one (see Place). To be multiplied with words they lie as they are.
 #pragma once
 #include "fetch.h"
 #include "whole.h"
@@ -22,8 +22,8 @@
 namespace ar {
 namespace {
 
-// Steps in which a block is multiplied: four bytes of 8 features each, or two words.
-constexpr int quads_of(int bits) { return bits == 8 ? 16 : 8; }
+// Steps in which a block is multiplied: four bytes of each feature, or two words.
+constexpr int quads_of(int bits) { return bits > 4 ? 16 : 8; }
 
 constexpr int kRowsAtOnce = 32;  // rows whose sums stay in the first-level cache
 
@@ -224,8 +224,14 @@ AR_INLINE void add_block(const uint8_t* codes, const uint8_t* digits, const uint
     unrolled<0, TOGETHER>([&](auto vector) AR_FORCED {
       constexpr int i = decltype(vector)::value;
       if constexpr (LINES > 0) fetch_one<LINES, kSteps, (Q - BEGIN) * TOGETHER + i>(lines);
-      if constexpr (R >= 0) reg[i][R] = D::load(codes + kRegister * R + i * V::N * 4);
-      auto found = bytes<D, BITS, Q>(reg[i]);
+      const uint8_t* mine = codes + i * V::N * 4;
+      typename D::I found;
+      if constexpr (BITS == 5 || BITS == 6) {
+        found = D::template field_words<BITS, Q>(mine);
+      } else {
+        if constexpr (R >= 0) reg[i][R] = D::load(mine + kRegister * R);
+        found = bytes<D, BITS, Q>(reg[i]);
+      }
       if constexpr (TABLE) found = D::look_up(w.bytes, found);
       for (int m = 0; m < ROWS; ++m) acc[m][i].add(found, x[m]);
       constexpr bool is_full = TABLE && Q % 4 == 3;  // see kMostByte

@@ -1,9 +1,10 @@
-// Products by bytes by AVX2: pairs into sums of 16 bits, and a block's sums into 32. Codes of 8 bits
-// become words, and pairs of their products sums of 32.
+// Products by bytes by AVX2: pairs into sums of 16 bits, and a block's sums into 32. Codes of 5 bits
+// and more become words, and pairs of their products sums of 32.
 #pragma once
 #include "v256.h"
 
 #include "digits.h"
+#include "kernel_simd.h"
 
 namespace ar {
 namespace {
@@ -107,6 +108,12 @@ struct Words {
     const I negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), codes);
     const I c = _mm256_xor_si256(codes, _mm256_and_si256(negative, _mm256_set1_epi8(0x7f)));
     return SECOND ? _mm256_unpackhi_epi8(c, negative) : _mm256_unpacklo_epi8(c, negative);
+  }
+  // Of fewer bits, a field has two neighbouring inputs of each feature as it lies.
+  template <int BITS, int FIELD>
+  static AR_INLINE I field_words(const uint8_t* block) {
+    constexpr int mask = (1 << BITS) - 1;
+    return V::keep(field<V, BITS, FIELD>(block, 0), mask << 16 | mask);
   }
   static AR_INLINE Inputs inputs(const uint8_t* p) { return Inputs{Pairs::quad(p)}; }
   static void split(const int16_t* number, const Order&, uint8_t* out) {

@@ -18,7 +18,15 @@ static constexpr Steps kSteps = {widen<V256>,  float_product<V256, Dots<V256>>, 
 extern const ByDigits kDigitsAvx2 = {prepare_digits<Pairs>, multiply_digits<Pairs>};
 constexpr int kDigitRows = 32;  // from there on panels of floats are as fast
 
-static constexpr ByDigits kWords = {prepare_digits<Words, 8>, multiply_digits<Words, 8, false>};
+static void multiply_words(const Job& job, int64_t begin, int64_t end) {
+  switch (job.format.bits) {
+    case 5: return multiply_digits<Words, 5, false>(job, begin, end);
+    case 6: return multiply_digits<Words, 6, false>(job, begin, end);
+    default: return multiply_digits<Words, 8, false>(job, begin, end);
+  }
+}
+
+static constexpr ByDigits kWords = {prepare_digits<Words, 8>, multiply_words};
 
 static void multiply_avx2(const Job& job, int64_t begin, int64_t end) {
   if (job.rows == 1 && job.format.kind == kE4M3) return multiply_e4m3(job, begin, end);

@@ -126,7 +126,7 @@ struct Kernels {
   int digit_bits;    // most bits of integers that rows of bf16 are multiplied by in whole numbers
   int digit_rows;    // most rows
   const ByDigits* digits;
-  const ByDigits* words;  // the same for 8 bits, or null
+  const ByDigits* words;  // the same for 5 bits and more, or null
   void (*prepare)(const Job&, int64_t tile_begin, int64_t tile_end);
   void (*multiply)(const Job&, int64_t strip_begin, int64_t strip_end);
   // Writes features [strip_begin * 64, ...) to y as rows of `y_stride` values of type `dtype`,

@@ -61,7 +61,7 @@ struct Inputs {
 inline bool in_digits(const Kernels& k, const Job& job) {
   const Format& f = job.format;
   if (job.rows > k.digit_rows || job.dtype != kBF16) return false;
-  if (f.bits == 8) return f.kind == kInteger && k.words;
+  if (f.bits > 4) return f.kind == kInteger && k.words;
   if (f.bits > k.digit_bits || (f.group == kUnit && f.bits != 4)) return false;
   if (f.kind == kInteger) return true;
   return f.bits == 4 && whole_of(reinterpret_cast<const float*>(job.blob)).unit != 0;
@@ -93,7 +93,7 @@ inline void place(const Inputs& inputs, uint8_t* memory, Job* job) {
 }
 
 inline const ByDigits& digits_of(const Kernels& k, const Job& job) {
-  return job.format.bits == 8 ? *k.words : *k.digits;
+  return job.format.bits > 4 ? *k.words : *k.digits;
 }
 
 inline void prepare_tiles(const Kernels& k, const Job& job, int64_t begin, int64_t end) {

@@ -28,7 +28,7 @@ struct V512 {
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 
   // Keeps what was loaded in a register: compilers read memory at each use, and loads are dear.
-  static void pin(I* v) {
+  static void pin([[maybe_unused]] I* v) {
 #ifndef AR_EMULATED
     asm volatile("" : "+v"(*v));
 #endif
