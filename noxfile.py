@@ -79,6 +79,12 @@ def sanitize(session: nox.Session) -> None:
     session.run(sys.executable, "packages/ar-kernels/tests/native/sanitize.py", *session.posargs)
 
 
+@nox.session(venv_backend="none")
+def emulate(session: nox.Session) -> None:
+    """The driver of the CPU kernels with AVX512 emulated, on a processor with AVX2 (10 minutes)."""
+    session.run(sys.executable, "packages/ar-kernels/tests/native/emulate.py", *session.posargs)
+
+
 @nox.session
 @nox.parametrize("package", PACKAGES)
 def isolated(session: nox.Session, package: str) -> None:

@@ -16,8 +16,8 @@ constexpr int kTogether = 2;  // vectors of 8 features: a line of codes
 constexpr int kPasses = kStrip / 8 / kTogether;
 constexpr int kRegisters = 8;  // of a block's codes
 
-// Calls fn(pass, Int<register>, Int<vector>, codes) for registers [BEGIN, END) of a segment's blocks,
-// in the order of memory, with begin(block, pass) and end(pass) around the calls of a pass.
+// Calls fn(Int<register>, Int<vector>, codes) for registers [BEGIN, END) of a segment's blocks,
+// in the order of memory, with begin(block, pass) and finish(pass) around the calls of a pass.
 template <int BEGIN, int END, class Begin, class Fn, class Finish>
 AR_INLINE void each_vector(const Record& rec, const Segment& s, Begin&& begin, Fn&& fn,
                            Finish&& finish) {
@@ -79,29 +79,19 @@ AR_INLINE void add_e4m3(const Job& job, const Record& rec, const Segment& s, flo
   flush<V256, 1, kPasses * kTogether>(rec, s.group, 0, group_sums(job, s, 0, 1), found, sums);
 }
 
-// Calls fn(Int<BEGIN>, Int<END>, record, segment, sums) for registers of all segments of strips.
-template <class Fn>
-AR_INLINE void by_registers(const Job& job, int64_t begin, int64_t end, Fn&& fn) {
+void multiply_e4m3(const Job& job, int64_t begin, int64_t end) {
+  constexpr int kHalf = kRegisters / 2;
   for (int64_t strip = begin; strip < end; ++strip) {
     alignas(64) float sums[kTile * kStrip];  // as many as `finish` may read
     memset(sums, 0, kStrip * sizeof(float));
     const Record rec = record(job, strip);
-    int64_t segment = 0;
     segments(job.format, [&](const Segment& s) AR_FORCED {
-      if (s.units > 1) fn(Int<0>{}, Int<kRegisters>{}, rec, s, segment, sums);
-      else if (s.unit & 1) fn(Int<kRegisters / 2>{}, Int<kRegisters>{}, rec, s, segment, sums);
-      else fn(Int<0>{}, Int<kRegisters / 2>{}, rec, s, segment, sums);
-      ++segment;
+      if (s.units > 1) add_e4m3<0, kRegisters>(job, rec, s, sums);
+      else if (s.unit & 1) add_e4m3<kHalf, kRegisters>(job, rec, s, sums);
+      else add_e4m3<0, kHalf>(job, rec, s, sums);
     });
     finish<V256>(job, strip, 0, 1, sums);
   }
-}
-
-void multiply_e4m3(const Job& job, int64_t begin, int64_t end) {
-  by_registers(job, begin, end, [&](auto from, auto to, const Record& rec, const Segment& s, int64_t,
-                                    float* sums) AR_FORCED {
-    add_e4m3<decltype(from)::value, decltype(to)::value>(job, rec, s, sums);
-  });
 }
 
 }  // namespace
